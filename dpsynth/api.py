@@ -1,0 +1,98 @@
+"""The Python door: `fit`, `load`, `evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dpsynth import evaluation
+from dpsynth.checks import UsageError
+from dpsynth.data import Table, read_frame
+from dpsynth.evaluation import Report
+from dpsynth.schema import Schema
+from dpsynth.training.fleet import Recipe, Seat, train_fleet
+from dpsynth.training.run import Run
+
+__all__ = ["evaluate", "fit", "load"]
+
+
+def fit(
+    data: pd.DataFrame | Table | str | Path,
+    *,
+    schema: Schema | str | Path | None = None,
+    epsilon: float,
+    delta: float = 1e-5,
+    model: str = "diffusion",
+    seed: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    **privacy: Any,
+) -> Run:
+    """Train one generator.
+
+    Args:
+        data: Rows: a pandas frame, anything with `to_pandas` (polars, Arrow), a `Table`, or the
+            path of a CSV or Parquet file.
+        schema: Public facts, or the path of a schema file; needed unless `data` is a `Table`.
+        epsilon: Target ε; `math.inf` for none.
+        delta: Target δ, below 1 / rows.
+        model: `vae`, `gan`, `diffusion`, `naive_bayes` or `independent`.
+        seed: Fixed seed; leave it out for anything that is to be released.
+        options: Settings of the family.
+        **privacy: Settings of `PrivacyPlan`: batch, steps, clip, shares.
+    """
+    recipe = Recipe(model, options or {}, {"delta": delta, **privacy})
+    (trained,) = train_fleet(recipe, [Seat(_table(data, schema), epsilon, seed)])
+    return Run.of(trained, data="in memory")
+
+
+def load(folder: str | Path) -> Run:
+    """Read a run folder; executes nothing from it."""
+    return Run.load(folder)
+
+
+def evaluate(
+    synthetic: Any,
+    *,
+    train: Any,
+    holdout: Any,
+    schema: Schema | str | Path | None = None,
+    target: str | None = None,
+    seed: int = 0,
+    max_rows: int | None = None,
+) -> Report:
+    """Judge a synthetic table against the rows it was made from and rows it was not made from.
+
+    Tables are given as in `fit`; without a schema one is drafted from all three.
+    """
+    parts = [_frame(part) for part in (train, holdout, synthetic)]
+    if schema is None:
+        schema = next(
+            (p.schema for p in (train, holdout, synthetic) if isinstance(p, Table)),
+            None,
+        ) or Schema.infer(pd.concat(parts, ignore_index=True), target)
+    real, held, made = (_table(part, schema) for part in parts)
+    rng = np.random.default_rng(seed)
+    return evaluation.evaluate(
+        made, train=real, holdout=held, target=target, rng=rng, max_rows=max_rows
+    )
+
+
+def _frame(data: Any) -> pd.DataFrame:
+    if isinstance(data, Table):
+        return data.frame
+    if isinstance(data, (str, Path)):
+        return read_frame(data)
+    return data if isinstance(data, pd.DataFrame) else data.to_pandas()
+
+
+def _table(data: Any, schema: Schema | str | Path | None) -> Table:
+    if isinstance(data, Table) and schema is None:
+        return data
+    if schema is None:
+        raise UsageError("schema is missing; declare one (draft it with Schema.infer)")
+    known = schema if isinstance(schema, Schema) else Schema.load(schema)
+    return Table.from_frame(_frame(data), known)

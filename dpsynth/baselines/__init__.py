@@ -1,0 +1,1 @@
+"""What a network has to beat, and the controls whose answer is known."""

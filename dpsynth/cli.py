@@ -1,0 +1,451 @@
+"""The `dpsynth` command: Hydra stops here, everything below is typed Python."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+import pandas as pd
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.table import Table as Grid
+
+from dpsynth import datasets
+from dpsynth.artifacts import read_folder
+from dpsynth.checks import RefusedError, UsageError, check_choice, check_count
+from dpsynth.data import Split, Table, read_frame, write_frame
+from dpsynth.evaluation import Report, evaluate
+from dpsynth.frontier.plot import write_frontier
+from dpsynth.frontier.sweep import Judging, LoggerOf, Point, gather, run_sweep
+from dpsynth.randomness import stream
+from dpsynth.schema import Schema
+from dpsynth.training.fleet import Recipe
+from dpsynth.training.run import Run
+
+__all__ = ["main", "point_of", "split_of"]
+
+USAGE = """dpsynth: synthetic tables under differential privacy, and the evidence of what they leak
+
+  dpsynth train    KEY=VALUE ...      one run, judged              dpsynth train privacy.epsilon=1
+  dpsynth sweep    KEY=V1,V2 ...      a grid, a fleet a family     dpsynth sweep +experiment=demo
+  dpsynth frontier SWEEP              figures and data of a sweep
+  dpsynth sample   RUN --rows N       a table from a run
+  dpsynth evaluate RUN|TABLE --real R --holdout H
+  dpsynth inspect  RUN                what is in a run folder
+  dpsynth schema   infer DATA | check SCHEMA DATA
+
+`dpsynth COMMAND --help` says more; `dpsynth train --help` lists every key and what it means.
+`--debug` shows the traceback of an error. Exit codes: 2 unusable input, 3 refused by policy."""
+
+_HERE = Path(__file__).resolve().parent
+# In a wheel conf/ lies in the package, in a checkout beside it.
+CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
+
+console = Console(highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command and exit with its code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # Lightning's own call into torch, nothing that a user or we could change.
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    sys.exit(_guarded(lambda: _dispatch(arguments), debug))
+
+
+def _guarded(work: Callable[[], None], debug: bool) -> int:
+    """Exit code of `work`; what went wrong is one line on standard error."""
+    try:
+        work()
+    except (UsageError, HydraException, OmegaConfBaseException) as error:
+        if debug:
+            raise
+        print(f"dpsynth: {_one_line(error)}", file=sys.stderr)
+        return 3 if isinstance(error, RefusedError) else 2
+    except KeyboardInterrupt:
+        print("dpsynth: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _dispatch(arguments: list[str]) -> None:
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": _train,
+        "sweep": _sweep,
+        "frontier": _frontier,
+        "sample": _sample,
+        "evaluate": _evaluate,
+        "inspect": _inspect,
+        "schema": _schema,
+    }
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+    elif arguments[0] in commands:
+        commands[arguments[0]](arguments[1:])
+    elif arguments[0] in ("-m", "--multirun") or "=" in arguments[0]:
+        _multirun(arguments)
+    else:
+        check_choice("command", arguments[0], commands)
+
+
+# -- configuration -------------------------------------------------------------------------------
+
+
+def configure(overrides: Sequence[str]) -> DictConfig:
+    """Compose `conf/config.yaml` with overrides; unknown keys and missing values are refused."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", list(overrides))
+    missing = OmegaConf.missing_keys(cfg)
+    if missing:
+        raise UsageError(f"{sorted(missing)[0]}: needs a value; give {sorted(missing)[0]}=…")
+    return cfg
+
+
+def expand(overrides: Sequence[str]) -> list[DictConfig]:
+    """One configuration for every combination of the listed values, and of `grid`'s where the
+    command line lists none."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    fixed = [o.input_line for o in parsed if not o.is_sweep_override()]
+    listed = {
+        o.get_key_element(): [str(v) for v in o.sweep_string_iterator()]
+        for o in parsed
+        if o.is_sweep_override()
+    }
+    first = configure([cast(str, f) for f in fixed] + [f"{k}={v[0]}" for k, v in listed.items()])
+    given = {o.get_key_element() for o in parsed}
+    grid = cast(dict[str, Any], OmegaConf.to_container(first.grid))
+    listed |= {k: [str(v) for v in vs] for k, vs in _flat(grid).items() if k not in given}
+    choices = [[f"{key}={value}" for value in values] for key, values in listed.items()]
+    return [configure([*map(str, fixed), *choice]) for choice in itertools.product(*choices)]
+
+
+def _flat(grid: dict[str, Any], above: str = "") -> dict[str, list[Any]]:
+    flat: dict[str, list[Any]] = {}
+    for key, value in grid.items():
+        if isinstance(value, dict):
+            flat |= _flat(cast(dict[str, Any], value), f"{above}{key}.")
+        elif isinstance(value, list) and value:
+            flat[above + key] = value
+        else:
+            raise UsageError(f"grid.{above}{key}={value}: must be a list of values")
+    return flat
+
+
+def point_of(cfg: DictConfig) -> Point:
+    """The typed point of a grid that a configuration describes."""
+    plain = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    privacy = dict(plain["privacy"])
+    epsilon = _number("privacy.epsilon", privacy.pop("epsilon"))
+    recipe = Recipe(
+        plain["model"]["name"],
+        plain["model"]["options"],
+        privacy,
+        plain["codec"],
+        **plain["training"],
+    )
+    if plain["seed"] is not None:
+        check_count("seed", plain["seed"], least=0)
+    return Point(recipe, epsilon, plain["seed"])
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        return float(cast(str, value))
+    except (TypeError, ValueError):
+        raise UsageError(f"{name}={value}: must be a number") from None
+
+
+def split_of(cfg: DictConfig) -> Split:
+    """Read the table that `data` names and cut it into members, holdout and reference."""
+    data = cfg.data
+    check_choice("data.split", data.split, ("official", "random"))
+    if data.path is None:
+        table = datasets.load(data.name)
+    else:
+        schema = Schema.load(data.schema)
+        table = Table.read(data.path, schema, strict=data.strict)
+    table = table.select(table.schema.drop(list(data.drop)).names)
+    rng = stream(data.split_seed, "split")
+    if data.split == "official":
+        if data.path is not None:
+            raise UsageError("data.split=official: a file has no published split; use random")
+        return Split.official(table, datasets.official_train_rows(data.name), rng)
+    return Split.random(table, rng, holdout=data.holdout, reference=data.reference)
+
+
+def judging_of(cfg: DictConfig) -> Judging:
+    """How runs are judged, from the `evaluation` and `audit` groups."""
+    return Judging(
+        cfg.evaluation.max_rows,
+        cfg.audit.max_candidates,
+        cfg.audit.draws,
+        cfg.audit.reference_model,
+        cfg.audit.seed,
+    )
+
+
+def logger_of(cfg: DictConfig) -> LoggerOf:
+    """Loggers of one fleet: CSV always, W&B where asked for."""
+
+    def make(folder: Path) -> list[Logger]:
+        loggers: list[Logger] = [CSVLogger(folder.parent, name=folder.name)]
+        if cfg.logger.wandb:
+            check_choice("logger.mode", cfg.logger.mode, ("offline", "online"))
+            folder.mkdir(parents=True, exist_ok=True)
+            offline = cfg.logger.mode == "offline"
+            loggers.append(
+                WandbLogger(project=cfg.logger.project, save_dir=folder, offline=offline)
+            )
+        return loggers
+
+    return make
+
+
+# -- commands ------------------------------------------------------------------------------------
+
+
+def _help_keys() -> None:
+    """Every key with the comment beside it, group by group."""
+    print("KEY=VALUE overrides; a file of a group is chosen by its name, e.g. model=vae\n")
+    for path in [CONF / "config.yaml", *sorted(CONF.glob("*/*.yaml"))]:
+        print(f"--- {path.relative_to(CONF).with_suffix('')}")
+        print(path.read_text().rstrip(), "\n")
+
+
+def _train(arguments: list[str]) -> None:
+    if {"-h", "--help"} & set(arguments):
+        return _help_keys()
+    parsed = OverridesParser.create().parse_overrides(arguments)
+    for override in parsed:
+        if override.is_sweep_override():
+            raise UsageError(f"{override.input_line}: lists several values; use `dpsynth sweep`")
+    return _train_one(configure(arguments), None)
+
+
+def _train_one(cfg: DictConfig, folder: Path | None) -> None:
+    """Train and judge one point in a workspace, then move its run to where it was asked for."""
+    point = point_of(cfg)
+    out = Path(cfg.out) if cfg.out else (folder or Path("runs") / point.name)
+    if out.exists():
+        raise UsageError(f"out={str(out)!r}: exists already; choose another or remove it")
+    split = split_of(cfg)
+    work = out.with_name(f".{out.name}.work")
+    logs = out.parent / "logs"
+    run_sweep(
+        [point],
+        split,
+        work,
+        data=cfg.data.name,
+        judging=judging_of(cfg),
+        console=console,
+        logger=lambda _: logger_of(cfg)(logs / out.name),
+        with_controls=False,
+    )
+    (work / "runs" / point.name).rename(out)
+    shutil.rmtree(work)
+    console.print(f"run: {out}   page: {out / 'report.html'}")
+
+
+def _sweep(arguments: list[str]) -> None:
+    if {"-h", "--help"} & set(arguments):
+        return _help_keys()
+    configs = expand(arguments)
+    shared = ("data", "evaluation", "audit", "logger", "out")
+    first = configs[0]
+    for cfg in configs:
+        for key in shared:
+            if cfg[key] != first[key]:
+                raise UsageError(f"{key}: must be the same for a whole sweep; sweep them apart")
+    points = [point_of(cfg) for cfg in configs]
+    out = Path(first.out or f"runs/sweep-{first.data.name}")
+    console.print(f"sweep of {len(points)} runs into {out}")
+    table = run_sweep(
+        points,
+        split_of(first),
+        out,
+        data=first.data.name,
+        judging=judging_of(first),
+        console=console,
+        logger=logger_of(first),
+        with_controls=first.audit.controls,
+    )
+    _draw(table, out, out / "frontier", "tvd2")
+    return None
+
+
+def _draw(table: pd.DataFrame, sweep: Path, out: Path, x: str) -> None:
+    deltas = sorted({float(d) for d in table["delta"] if d > 0})
+    title = f"{sweep.name} · δ={', '.join(f'{d:g}' for d in deltas)} · one record, add/remove"
+    write_frontier(table, out, title=title, x=x)
+    console.print(f"frontier: {out / 'frontier.png'}   interactive: {out / 'frontier.html'}")
+    console.print(f"runs, each with its report.html: {sweep / 'runs'}")
+
+
+def _frontier(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="dpsynth frontier", description=gather.__doc__)
+    parser.add_argument("sweep", type=Path, help="folder that a sweep wrote")
+    parser.add_argument("--x", default="tvd2", help="metric on the fidelity axis")
+    parser.add_argument("--out", type=Path, help="folder to write; SWEEP/frontier by default")
+    options = parser.parse_args(arguments)
+    _draw(
+        gather(options.sweep), options.sweep, options.out or options.sweep / "frontier", options.x
+    )
+
+
+def _sample(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="dpsynth sample", description="Draw a table from a run.")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--rows", type=int, required=True, help="number of rows")
+    parser.add_argument("--where", help="condition, e.g. \"income='>50K' and sex=Male\"")
+    parser.add_argument("--seed", type=int, help="the same seed gives the same table")
+    parser.add_argument("--out", type=Path, required=True, help=".csv or .parquet file")
+    options = parser.parse_args(arguments)
+    frame = Run.load(options.run).sample(options.rows, where=options.where, rng=options.seed)
+    write_frame(frame, options.out)
+    console.print(f"{len(frame)} rows: {options.out}")
+
+
+def _evaluate(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="dpsynth evaluate",
+        description="Judge any generator's table, or a run, against real rows.",
+    )
+    parser.add_argument("synthetic", type=Path, help="run folder, or .csv/.parquet table")
+    parser.add_argument("--real", type=Path, required=True, help="rows the generator saw")
+    parser.add_argument("--holdout", type=Path, required=True, help="rows it did not see")
+    parser.add_argument("--schema", type=Path, help="schema file; drafted from the rows if absent")
+    parser.add_argument("--target", help="column to predict; the schema's by default")
+    parser.add_argument("--max-rows", type=int, help="most rows that trees are fitted to")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON file for the report")
+    options = parser.parse_args(arguments)
+    train, holdout, synthetic = _judged_tables(options)
+    target = options.target or train.schema.target
+    report = evaluate(
+        synthetic,
+        train=train,
+        holdout=holdout,
+        target=target,
+        rng=stream(options.seed, "evaluate"),
+        max_rows=options.max_rows,
+    )
+    if options.out:
+        options.out.write_text(report.to_json())
+    _print_report(report)
+
+
+def _judged_tables(options: argparse.Namespace) -> tuple[Table, Table, Table]:
+    """Real, holdout and synthetic rows under one schema: the given one, the run's, or a draft from
+    all three, so that a level or value that only the synthetic table has counts as it is."""
+    run = Run.load(options.synthetic) if options.synthetic.is_dir() else None
+    frames = [read_frame(options.real), read_frame(options.holdout)]
+    if run is None:
+        frames.append(read_frame(options.synthetic))
+    if options.schema is not None:
+        schema = Schema.load(options.schema)
+    elif run is not None:
+        schema = run.schema
+    else:
+        for frame, name in zip(frames[1:], ("holdout", "synthetic"), strict=True):
+            if odd := set(frame.columns) ^ set(frames[0].columns):
+                raise UsageError(f"column {sorted(odd)[0]!r}: not in both --real and the {name}")
+        schema = Schema.infer(pd.concat(frames, ignore_index=True), options.target)
+    tables = [Table.from_frame(_under(frame, schema), schema) for frame in frames]
+    if run is not None:
+        tables.append(run.sample_table(run.plan.rows, rng=options.seed))
+    return tables[0], tables[1], tables[2]
+
+
+def _under(frame: pd.DataFrame, schema: Schema) -> pd.DataFrame:
+    """The schema's columns of a table that may have more."""
+    return frame[[name for name in schema.names if name in frame.columns]]
+
+
+def _print_report(report: Report) -> None:
+    grid = Grid("metric", "synthetic", "floor (real)")
+    for name, value in report.metrics.items():
+        grid.add_row(name, f"{value:.4f}", f"{report.floors[name]:.4f}")
+    console.print(grid)
+    for note in report.notes:
+        console.print(f"note: {note}")
+
+
+def _inspect(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="dpsynth inspect", description="What is in a run folder.")
+    parser.add_argument("run", type=Path)
+    files, lineage = read_folder(parser.parse_args(arguments).run)
+    shown = {
+        "lineage": lineage,
+        "config": yaml.safe_load(files["config.yaml"]) if "config.yaml" in files else None,
+        "ledger": json.loads(files["ledger.json"]) if "ledger.json" in files else None,
+        "files": {name: len(content) for name, content in files.items()},
+    }
+    print(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
+
+
+def _schema(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="dpsynth schema", description="Draft or check a schema.")
+    actions = parser.add_subparsers(dest="action", required=True)
+    infer = actions.add_parser("infer", help="draft a schema from rows; a person must declare it")
+    infer.add_argument("data", type=Path)
+    infer.add_argument("--target")
+    infer.add_argument("--out", type=Path, help="file to write; standard output by default")
+    check = actions.add_parser("check", help="check rows against a schema")
+    check.add_argument("schema", type=Path)
+    check.add_argument("data", type=Path)
+    options = parser.parse_args(arguments)
+    if options.action == "check":
+        table = Table.read(options.data, Schema.load(options.schema))
+        console.print(f"{len(table)} rows keep to {options.schema}")
+        return
+    text = Schema.infer(read_frame(options.data), options.target).to_json()
+    if options.out is None:
+        print(text, end="")
+    else:
+        options.out.write_text(text)
+        console.print(
+            f"{options.out}: every fact was read off the rows; check each, widen bounds, declare "
+            "expected_rows, and set provenance to 'declared'"
+        )
+
+
+def _multirun(arguments: list[str]) -> None:
+    """`python -m dpsynth -m …`: Hydra's own launcher and sweeper, one run a job."""
+
+    def job(cfg: DictConfig) -> None:
+        folder = Path(HydraConfig.get().runtime.output_dir) / "run"
+        code = _guarded(lambda: _train_one(cfg, folder), bool(os.environ.get("HYDRA_FULL_ERROR")))
+        if code:
+            sys.exit(code)
+
+    saved = sys.argv
+    sys.argv = [saved[0], *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+    finally:
+        sys.argv = saved

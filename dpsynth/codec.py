@@ -1,0 +1,403 @@
+"""Codec: a table of mixed columns ⟷ a matrix of level numbers, every column discrete.
+
+Categories keep their declared levels. A number becomes one of `bins` intervals of about equal mass,
+found by a noisy tree, or one of `heaps` values that hold far more rows than their neighbours
+(zeros, round numbers, caps). Missing is a level of its own. The number of levels is public (it
+follows from the schema and the settings), so that runs with different noise share one network
+shape; levels that a run leaves empty are marked unused.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import norm
+from torch import Tensor
+
+from dpsynth.checks import check_count
+from dpsynth.data import Table
+from dpsynth.privacy.mechanisms import HistogramNoise, Measurer
+from dpsynth.schema import Column, Schema
+
+__all__ = ["Codec", "Layout"]
+
+_FANOUT = 16
+_MAX_CELLS = 2**21
+_UNKNOWN_STEP_CELLS = 2**16
+_HEAP_MASS = 0.002
+_HEAP_PROMINENCE = 4.0
+_HEAP_WINDOW = 4
+_LEAST_BIN = 0.001
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Public shape of encoded rows: number of levels of each column, and where the target is."""
+
+    levels: tuple[int, ...]
+    target: int | None
+
+    @property
+    def columns(self) -> int:
+        """Number of columns D."""
+        return len(self.levels)
+
+    @property
+    def width(self) -> int:
+        """Total number of levels W, the length of a one-hot row."""
+        return sum(self.levels)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each column's block begins in a one-hot row."""
+        return tuple(itertools.accumulate((0, *self.levels[:-1])))
+
+    @property
+    def groups(self) -> int:
+        """Number of target levels, 1 without a target: what conditional models condition on."""
+        return 1 if self.target is None else self.levels[self.target]
+
+    def group_of(self, codes: Tensor) -> Tensor:
+        """Target level of each encoded row (..., D) -> (...), 0 without a target."""
+        if self.target is None:
+            return torch.zeros(codes.shape[:-1], dtype=torch.long, device=codes.device)
+        return codes[..., self.target]
+
+    def one_hot(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Level numbers (..., D) -> one-hot rows (..., W)."""
+        flat = torch.zeros(*codes.shape[:-1], self.width, dtype=dtype, device=codes.device)
+        return flat.scatter_(-1, codes + torch.tensor(self.offsets, device=codes.device), 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The public cells of a numeric column: cell c holds lower + c·step (or that interval)."""
+
+    lower: float
+    step: float
+    cells: int
+    exact: bool
+
+    @classmethod
+    def of(cls, column: Column) -> Grid:
+        """The finest grid that the declared bounds and step allow, of at most 2^21 cells."""
+        assert column.lower is not None and column.upper is not None
+        span = column.upper - column.lower
+        if column.step is not None:
+            cells = round(span / column.step) + 1
+            if cells <= _MAX_CELLS:
+                return cls(column.lower, column.step, cells, exact=True)
+        cells = _UNKNOWN_STEP_CELLS
+        return cls(column.lower, span / cells, cells, exact=False)
+
+    def cell(self, values: np.ndarray) -> np.ndarray:
+        """Cell number of each value (missing values give 0)."""
+        scaled = (np.nan_to_num(values, nan=self.lower) - self.lower) / self.step
+        number = np.round(scaled) if self.exact else np.floor(scaled)
+        return np.clip(number, 0, self.cells - 1).astype(np.int64)
+
+    def value(self, cell: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A value in each cell."""
+        inside = 0.0 if self.exact else rng.random(len(cell))
+        return self.lower + (cell + inside) * self.step
+
+
+@dataclass(frozen=True, eq=False)
+class NumericCoder:
+    """Bins and heaps of one number.
+
+    Attributes:
+        column: The public facts.
+        bins: Bin slots.
+        slots: Heap slots.
+        starts: First cell of each leaf of the tree, ascending (leaves,).
+        mass: Noisy share of rows in each leaf (leaves,), at least 0.
+        leaf_bin: Which bin a leaf belongs to (leaves,), ascending.
+        heaps: Cells that are levels of their own (at most `slots`,).
+    """
+
+    column: Column
+    bins: int
+    slots: int
+    starts: np.ndarray
+    mass: np.ndarray
+    leaf_bin: np.ndarray
+    heaps: np.ndarray
+
+    @property
+    def levels(self) -> int:
+        return self.bins + self.slots + int(self.column.nullable)
+
+    @property
+    def used(self) -> np.ndarray:
+        mask = np.zeros(self.levels, dtype=bool)
+        mask[self.leaf_bin] = True
+        mask[self.bins : self.bins + len(self.heaps)] = True
+        if self.column.nullable:
+            mask[-1] = True
+        return mask
+
+    def encode(self, values: pd.Series) -> np.ndarray:
+        numbers = values.to_numpy(dtype=float, na_value=np.nan)
+        cell = Grid.of(self.column).cell(numbers)
+        leaf = np.searchsorted(self.starts, cell, side="right") - 1
+        codes = self.leaf_bin[leaf]
+        if len(self.heaps):
+            order = np.argsort(self.heaps)
+            place = np.searchsorted(self.heaps[order], cell).clip(max=len(self.heaps) - 1)
+            heap = self.heaps[order][place] == cell
+            codes = np.where(heap, self.bins + order[place], codes)
+        return np.where(np.isnan(numbers), self.levels - 1, codes)
+
+    def decode(self, codes: np.ndarray, rng: np.random.Generator) -> pd.Series:
+        grid = Grid.of(self.column)
+        missing = (codes == self.levels - 1) & self.column.nullable
+        heap = (codes >= self.bins) & ~missing
+        cell = np.zeros(len(codes), dtype=np.int64)
+        cell[heap] = self.heaps[codes[heap] - self.bins] if len(self.heaps) else 0
+        binned = ~(heap | missing)
+        cell[binned] = self._cell_in_bin(codes[binned], rng)
+        values = np.where(missing, np.nan, grid.value(cell, rng))
+        series = pd.Series(values, name=self.column.name)
+        if self.column.kind == "integer":
+            return series.round().astype("Int64")
+        return series.clip(self.column.lower, self.column.upper)
+
+    def _cell_in_bin(self, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A leaf of the bin by its noisy mass, then a cell of that leaf uniformly."""
+        ends = np.append(self.starts[1:], Grid.of(self.column).cells)
+        chosen = np.zeros(len(codes), dtype=np.int64)
+        for number in np.unique(codes):
+            rows = codes == number
+            leaves = np.flatnonzero(self.leaf_bin == number)
+            weight = self.mass[leaves] + 1e-12 * (ends - self.starts)[leaves]
+            chosen[rows] = rng.choice(leaves, rows.sum(), p=weight / weight.sum())
+        width = ends[chosen] - self.starts[chosen]
+        return self.starts[chosen] + np.floor(rng.random(len(codes)) * width).astype(np.int64)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "bins": self.bins,
+            "slots": self.slots,
+            "starts": self.starts.tolist(),
+            "mass": self.mass.tolist(),
+            "leaf_bin": self.leaf_bin.tolist(),
+            "heaps": self.heaps.tolist(),
+        }
+
+    @classmethod
+    def from_dict(cls, column: Column, state: dict[str, Any]) -> NumericCoder:
+        kinds = {"starts": np.int64, "mass": float, "leaf_bin": np.int64, "heaps": np.int64}
+        arrays = {name: np.asarray(state[name], dtype=kind) for name, kind in kinds.items()}
+        return cls(column, state["bins"], state["slots"], **arrays)
+
+    @classmethod
+    def direct(cls, column: Column) -> NumericCoder:
+        """A short grid: every cell is a level, and no row is read."""
+        cells = Grid.of(column).cells
+        ids = np.arange(cells)
+        return cls(column, cells, 0, ids, np.ones(cells), ids, np.zeros(0, dtype=np.int64))
+
+    @classmethod
+    def fit(
+        cls,
+        column: Column,
+        values: pd.Series,
+        measurer: Measurer,
+        *,
+        rows: int,
+        bins: int,
+        heaps: int,
+    ) -> NumericCoder:
+        """Find heaps on the finest grid, then bins on what is left; both pay the ledger."""
+        grid = Grid.of(column)
+        cell = grid.cell(values.dropna().to_numpy(dtype=float))
+        found, rest_rows = np.zeros(0, dtype=np.int64), float(rows)
+        if grid.exact and heaps:
+            noise = measurer.histograms(f"heaps:{column.name}", 1)
+            noisy = noise(np.bincount(cell, minlength=grid.cells))
+            found = _find_heaps(noisy, noise.sigma, rows)[:heaps]
+            rest_rows -= noisy[found].sum()
+        rest = cell[~np.isin(cell, found)]
+        depth = math.ceil(math.log(grid.cells, _FANOUT))
+        noise = measurer.histograms(f"bins:{column.name}", depth)
+        heavy = max(rest_rows / bins, rows * _LEAST_BIN, 3 * noise.sigma)
+        starts, mass = _grow_tree(rest, grid.cells, depth, noise, heavy)
+        leaf_bin = _merge_leaves(mass, bins, heavy)
+        return cls(column, bins, heaps, starts, mass / rows, leaf_bin, found)
+
+
+def _find_heaps(noisy: np.ndarray, sigma: float, rows: int) -> np.ndarray:
+    """Cells far above both the noise and their neighbours, heaviest first.
+
+    The noise threshold lets half a false cell through in expectation over the whole grid.
+    """
+    threshold = max(sigma * norm.isf(0.5 / len(noisy)), rows * _HEAP_MASS)
+    window = 2 * _HEAP_WINDOW + 1
+    around = np.convolve(noisy, np.ones(window), mode="same") - noisy
+    neighbours = np.convolve(np.ones(len(noisy)), np.ones(window), mode="same") - 1
+    usual = np.maximum(around / neighbours, 0)
+    cells = np.flatnonzero((noisy > threshold) & (noisy > _HEAP_PROMINENCE * usual))
+    return cells[np.argsort(-noisy[cells], kind="stable")]
+
+
+def _grow_tree(
+    cell: np.ndarray, cells: int, depth: int, noise: HistogramNoise, heavy: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split every node heavier than half a bin and clear of the noise; (starts, mass) of the
+    leaves. One histogram a level, so `depth` of them are paid for."""
+    threshold = max(heavy / 2, 2 * noise.sigma)
+    open_nodes = np.zeros(1, dtype=np.int64)
+    leaves: list[tuple[np.ndarray, np.ndarray]] = []
+    for level in range(1, depth + 1):
+        width = _FANOUT ** (depth - level)
+        children = (open_nodes[:, None] * _FANOUT + np.arange(_FANOUT)).ravel()
+        children = children[children * width < cells]
+        node, place = cell // width, np.full(len(cell), -1)
+        place = np.searchsorted(children, node).clip(max=len(children) - 1)
+        counts = np.bincount(place[children[place] == node], minlength=len(children))
+        noisy = noise(counts.astype(float))
+        split = (noisy > threshold) & (level < depth)
+        leaves.append((children[~split] * width, np.maximum(noisy[~split], 0)))
+        open_nodes = children[split]
+        if not len(open_nodes):
+            break
+    starts, mass = (np.concatenate(part) for part in zip(*leaves, strict=True))
+    order = np.argsort(starts)
+    return starts[order], mass[order]
+
+
+def _merge_leaves(mass: np.ndarray, bins: int, heavy: float) -> np.ndarray:
+    """Bin number of each leaf: neighbours share a bin until it holds about `heavy` rows."""
+    heavy = max(heavy, mass.sum() / bins)
+    number, held = 0, 0.0
+    assigned = np.zeros(len(mass), dtype=np.int64)
+    for leaf, weight in enumerate(mass):
+        if held > 0 and held + weight / 2 > heavy and number < bins - 1:
+            number, held = number + 1, 0.0
+        assigned[leaf] = number
+        held += weight
+    return assigned
+
+
+@dataclass(frozen=True, eq=False)
+class CategoryCoder:
+    """Levels of one category as declared; reads no row."""
+
+    column: Column
+
+    @property
+    def levels(self) -> int:
+        return len(self.column.levels) + int(self.column.nullable)
+
+    @property
+    def used(self) -> np.ndarray:
+        return np.ones(self.levels, dtype=bool)
+
+    def encode(self, values: pd.Series) -> np.ndarray:
+        codes = values.cat.codes.to_numpy().astype(np.int64)
+        return np.where(codes < 0, self.levels - 1, codes)
+
+    def decode(self, codes: np.ndarray, rng: np.random.Generator) -> pd.Series:
+        del rng  # a level is one value
+        number = np.where(codes < len(self.column.levels), codes, -1)
+        levels = list(self.column.levels)
+        dtype = pd.CategoricalDtype(levels, ordered=self.column.ordered)
+        values = pd.Categorical.from_codes(number, dtype=dtype)
+        return pd.Series(values, name=self.column.name)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class Codec:
+    """Coders of all columns of a schema, in order."""
+
+    schema: Schema
+    coders: tuple[NumericCoder | CategoryCoder, ...]
+
+    @staticmethod
+    def measured_columns(schema: Schema, bins: int, heaps: int) -> list[Column]:
+        """The numeric columns whose grid is too long to be taken as it is."""
+        return [c for c in schema.columns if c.numeric and Grid.of(c).cells > bins + heaps]
+
+    @classmethod
+    def fit(
+        cls, table: Table, measurer: Measurer, *, rows: int, bins: int = 32, heaps: int = 16
+    ) -> Codec:
+        """Learn bins and heaps through `measurer` (its `parts` are 2 a measured column).
+
+        Args:
+            table: Private rows.
+            measurer: Pays for and adds noise to every count.
+            rows: Public number of rows, the scale of what counts as heavy.
+            bins: Bin slots a number.
+            heaps: Heap slots a number.
+        """
+        check_count("bins", bins, least=2)
+        check_count("heaps", heaps, least=0)
+        measured = {c.name for c in cls.measured_columns(table.schema, bins, heaps)}
+        coders: list[NumericCoder | CategoryCoder] = []
+        for column in table.schema.columns:
+            if not column.numeric:
+                coders.append(CategoryCoder(column))
+            elif column.name not in measured:
+                coders.append(NumericCoder.direct(column))
+            else:
+                values = table.frame[column.name]
+                coders.append(
+                    NumericCoder.fit(column, values, measurer, rows=rows, bins=bins, heaps=heaps)
+                )
+        return cls(table.schema, tuple(coders))
+
+    @property
+    def layout(self) -> Layout:
+        """Public shape of encoded rows."""
+        target = self.schema.target
+        place = None if target is None else self.schema.names.index(target)
+        return Layout(tuple(coder.levels for coder in self.coders), place)
+
+    @property
+    def used(self) -> Tensor:
+        """Which of the W levels can occur at all (W,)."""
+        return torch.from_numpy(np.concatenate([coder.used for coder in self.coders]))
+
+    def encode(self, table: Table) -> Tensor:
+        """Rows as level numbers (rows, D), int64."""
+        columns = [coder.encode(table.frame[coder.column.name]) for coder in self.coders]
+        return torch.from_numpy(np.stack(columns, axis=1))
+
+    def decode(self, codes: Tensor, rng: np.random.Generator) -> Table:
+        """Level numbers (rows, D) as a table; numbers are drawn inside their bins."""
+        matrix = codes.cpu().numpy()
+        columns = [c.decode(matrix[:, j], rng) for j, c in enumerate(self.coders)]
+        return Table(self.schema, pd.concat(columns, axis=1))
+
+    def code_of(self, name: str, value: object) -> int:
+        """Level number of one value of a column, as `encode` gives it."""
+        frame = pd.DataFrame({name: [value]})
+        one = Table.from_frame(frame, self.schema.select([name]))
+        coder = self.coders[self.schema.names.index(name)]
+        return int(coder.encode(one.frame[name])[0])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready state, without the schema."""
+        return {"format": 1, "columns": {c.column.name: c.to_dict() for c in self.coders}}
+
+    @classmethod
+    def from_dict(cls, schema: Schema, state: dict[str, Any]) -> Codec:
+        """Inverse of `to_dict`."""
+        coders = [
+            NumericCoder.from_dict(column, state["columns"][column.name])
+            if column.numeric
+            else CategoryCoder(column)
+            for column in schema.columns
+        ]
+        return cls(schema, tuple(coders))

@@ -1,0 +1,455 @@
+"""Sweep: a grid of recipes × ε × seeds, trained as fleets, judged run by run, resumable."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from lightning.pytorch.loggers import Logger
+from rich.console import Console
+from threadpoolctl import threadpool_limits
+
+from dpsynth.artifacts import MANIFEST, read_folder, write_folder
+from dpsynth.audit import Audit, Ceiling, audit
+from dpsynth.baselines import controls
+from dpsynth.checks import UsageError
+from dpsynth.data import Split, Table
+from dpsynth.evaluation import Report, evaluate, floors
+from dpsynth.frontier import results
+from dpsynth.randomness import FleetRng, derive, stream
+from dpsynth.release.card import card
+from dpsynth.release.page import overlays, page
+from dpsynth.training.callbacks import default_callbacks
+from dpsynth.training.fleet import FAMILIES, Recipe, Seat, train_fleet
+from dpsynth.training.run import Run
+
+__all__ = ["Judging", "LoggerOf", "Point", "gather", "run_facts", "run_sweep"]
+
+CONTROLS = ("fresh", "p-leak .2", "copy")
+LEAK = 0.2
+# Where δ(ε) is read off for a trade-off curve: dense where curves bend.
+PROFILE = tuple(np.concatenate([np.linspace(0, 8, 161), np.linspace(8.25, 40, 128)]).tolist())
+
+LoggerOf = Callable[[Path], Sequence[Logger] | bool]
+Submit = Callable[..., Future[str]]
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How runs are evaluated and attacked.
+
+    Attributes:
+        max_rows: Most rows that the trees of TSTR and C2ST are fitted to; `None` for all.
+        max_candidates: Most membership candidates, members and holdout together.
+        draws: Evaluations of a white-box loss that are averaged.
+        reference_model: Whether each fleet trains one more run on the attacker's rows, whose loss
+            is subtracted from the white-box scores.
+        seed: Of every random choice in judging, the same for all runs so that they are paired.
+    """
+
+    max_rows: int | None = None
+    max_candidates: int = 8000
+    draws: int = 8
+    reference_model: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Point:
+    """One cell of a grid."""
+
+    recipe: Recipe
+    epsilon: float
+    seed: int | None
+
+    @property
+    def name(self) -> str:
+        """Folder name: readable, and different for different settings."""
+        text = json.dumps([_plain(asdict(self.recipe)), self.epsilon, self.seed], sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        seed = "entropy" if self.seed is None else str(self.seed)
+        return f"{self.recipe.model}-eps{self.epsilon:g}-seed{seed}-{digest}"
+
+
+@dataclass(frozen=True, eq=False)
+class _Bench:
+    """What every judgement shares."""
+
+    split: Split
+    attacker: Table
+    population: Table
+    judging: Judging
+    floors: dict[str, float]
+    data: str
+
+
+def run_sweep(
+    points: Sequence[Point],
+    split: Split,
+    folder: Path,
+    *,
+    data: str,
+    judging: Judging,
+    console: Console,
+    logger: LoggerOf = lambda _: False,
+    workers: int | None = None,
+    with_controls: bool = True,
+) -> pd.DataFrame:
+    """Train, judge and write every point that is not there yet.
+
+    Points of one recipe train as one fleet. A killed sweep goes on where it stopped: finished runs
+    are left alone, a half-trained fleet resumes from its last checkpoint.
+
+    Args:
+        points: The grid.
+        split: Members, holdout and reference rows; half of the reference is the attacker's, the
+            other half makes the fresh and p-leak controls.
+        folder: Holds `runs/`, `controls/` and, while it lasts, `fleets/` (private state).
+        data: Name of the table, for cards and lineage.
+        judging: How runs are judged.
+        console: Where progress is shown.
+        logger: Makes the logger of one fleet from a folder.
+        workers: Judging processes; by default one a core.
+        with_controls: Whether to judge the known-answer controls too.
+
+    Returns:
+        The results, one row a run.
+    """
+    names = [point.name for point in points]
+    if len(set(names)) < len(names):
+        raise UsageError("the grid holds the same point twice; list each value once")
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_same_data(folder, split)
+    bench = _bench(split, data, judging, console)
+    cores = os.cpu_count() or 1
+    before = torch.get_num_threads()
+    with _judges(bench, workers or cores) as submit, threadpool_limits(max(1, cores // 2)):
+        torch.set_num_threads(max(1, cores // 2))
+        try:
+            jobs = _submit_controls(bench, folder, points, submit) if with_controls else []
+            for recipe, fleet in _fleets(points):
+                jobs += _train(recipe, fleet, bench, folder, submit, console, logger)
+            for job in jobs:
+                console.print(f"  {job.result()}", highlight=False)
+        finally:
+            torch.set_num_threads(before)
+    shutil.rmtree(folder / "fleets", ignore_errors=True)
+    return gather(folder)
+
+
+def gather(folder: Path) -> pd.DataFrame:
+    """Results of all finished runs and controls under a sweep's folder."""
+    rows = []
+    for path in sorted(folder.glob("runs/*")) + sorted(folder.glob("controls/*")):
+        if not (path / MANIFEST).is_file():
+            continue
+        files, lineage = read_folder(path)
+        report = Report.from_json(files["metrics.json"].decode())
+        attacked = Audit.from_json(files["audit.json"].decode())
+        rows.append(results.row(report, attacked, lineage["result"]))
+    if not rows:
+        raise UsageError(f"sweep {str(folder)!r}: holds no finished run; run `dpsynth sweep` first")
+    return results.collect(rows)
+
+
+# -- training ------------------------------------------------------------------------------------
+
+
+def _fleets(points: Sequence[Point]) -> list[tuple[Recipe, list[Point]]]:
+    """Points by recipe, in order of appearance."""
+    fleets: list[tuple[Recipe, list[Point]]] = []
+    for point in points:
+        for recipe, fleet in fleets:
+            if recipe == point.recipe:
+                fleet.append(point)
+                break
+        else:
+            fleets.append((point.recipe, [point]))
+    return fleets
+
+
+def _train(
+    recipe: Recipe,
+    fleet: Sequence[Point],
+    bench: _Bench,
+    folder: Path,
+    submit: Submit,
+    console: Console,
+    logger: LoggerOf,
+) -> list[Future[str]]:
+    """Train one fleet if any of its runs is missing, and hand its runs to the judges."""
+    missing = [p for p in fleet if not (folder / "runs" / p.name / MANIFEST).is_file()]
+    if not missing:
+        console.print(f"{recipe.model}: all {len(fleet)} runs are there")
+        return []
+    digest = hashlib.sha256("/".join(p.name for p in fleet).encode()).hexdigest()[:8]
+    state = folder / "fleets" / f"{recipe.model}-{digest}"
+    trained = [state / point.name for point in fleet]
+    reference = state / "reference" if bench.judging.reference_model else None
+    wanted = trained if reference is None else [*trained, reference]
+    if not all((path / MANIFEST).is_file() for path in wanted):
+        seats = [Seat(bench.split.members, p.epsilon, p.seed) for p in fleet]
+        if reference is not None:
+            rows = bench.attacker
+            unknown = replace(rows.schema, expected_rows=None)  # the attacker counts its own rows
+            seats.append(Seat(Table(unknown, rows.frame), math.inf, fleet[0].seed, "reference"))
+        runs = train_fleet(
+            recipe,
+            seats,
+            state=state,
+            logger=FAMILIES[recipe.model].trained and logger(folder / "logs" / state.name),
+            callbacks=default_callbacks(f"{recipe.model} ({len(fleet)} runs)", state, console),
+        )
+        for path, one in zip(wanted, runs, strict=True):
+            Run.of(one, data=bench.data).save(path)
+    return [
+        submit(_judge_run, state / p.name, reference, folder / "runs" / p.name) for p in missing
+    ]
+
+
+# -- judging -------------------------------------------------------------------------------------
+
+
+def _bench(split: Split, data: str, judging: Judging, console: Console) -> _Bench:
+    console.print("measuring the floors: members against holdout, and real-on-real utility")
+    attacker, population = controls.halve(split.reference, stream(judging.seed, "halve"))
+    floor = floors(
+        split.members,
+        split.holdout,
+        target=split.members.schema.target,
+        rng=stream(judging.seed, "floors"),
+        max_rows=judging.max_rows,
+    )
+    return _Bench(split, attacker, population, judging, dict(floor), data)
+
+
+_worker: dict[str, _Bench] = {}
+
+
+def _start_worker(bench: _Bench) -> None:
+    threadpool_limits(1)
+    torch.set_num_threads(1)
+    _worker["bench"] = bench
+
+
+@contextlib.contextmanager
+def _judges(bench: _Bench, workers: int) -> Iterator[Submit]:
+    """A pool of judging processes; on an error or Ctrl-C what has not begun is dropped."""
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _start_worker, (bench,)
+    )
+    try:
+        yield lambda work, *arguments: pool.submit(work, *arguments)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _judge_run(source: Path, reference: Path | None, target: Path) -> str:
+    """Sample, evaluate and attack one trained run; write its folder."""
+    bench = _worker["bench"]
+    run = Run.load(source)
+    key = None if run.seed is None else derive(run.seed, "samples")
+    synthetic = run.sample_table(run.plan.rows, rng=key)
+    scores = _white_box(run, None if reference is None else Run.load(reference), bench)
+    ceiling = _ceiling(run)
+    report, attacked = _judge(synthetic, bench, scores, ceiling)
+    facts = run_facts(run, name=target.name, data=bench.data)
+    parquet = BytesIO()
+    synthetic.frame.to_parquet(parquet, index=False)
+    shown = overlays(bench.split.members, synthetic)
+    judged = {**facts, "metrics": report.metrics, "floors": report.floors, "audit": attacked}
+    extra = {
+        "metrics.json": report.to_json().encode(),
+        "audit.json": attacked.to_json().encode(),
+        "samples.parquet": parquet.getvalue(),
+        "README.md": card(judged).encode(),
+        "report.html": page(facts, report, attacked, shown).encode(),
+    }
+    role = "model" if FAMILIES[run.recipe.model].trained else "baseline"
+    identity = _identity(run.recipe.model, role, run.plan.epsilon, run.plan.delta, run.seed, target)
+    replace(run, lineage={**run.lineage, "result": identity}).save(target, extra)
+    return _line(target.name, report, attacked)
+
+
+def _judge_control(name: str, seed: int, target: Path) -> str:
+    """Evaluate and attack one control; its rows are real, so only the figures are kept."""
+    bench = _worker["bench"]
+    rng = stream(seed, f"control:{name}")
+    members, population = bench.split.members, bench.population
+    if name == "fresh":
+        table = controls.fresh(population, len(population), rng)
+    elif name == "copy":
+        table = controls.copy(members)
+    else:
+        table = controls.p_leak(members, population, LEAK, len(members), rng)
+    report, attacked = _judge(table, bench, {}, Ceiling.none(), seed)
+    files = {
+        "metrics.json": report.to_json().encode(),
+        "audit.json": attacked.to_json().encode(),
+    }
+    identity = _identity(name, "control", math.inf, 0.0, seed, target)
+    write_folder(target, files, {"result": identity})
+    return _line(target.name, report, attacked)
+
+
+def _submit_controls(
+    bench: _Bench, folder: Path, points: Sequence[Point], submit: Submit
+) -> list[Future[str]]:
+    seeds = sorted({p.seed for p in points if p.seed is not None}) or [0]
+    del bench  # the workers hold it
+    return [
+        submit(_judge_control, name, seed, target)
+        for name in CONTROLS
+        for seed in seeds
+        if not ((target := folder / "controls" / f"{name}-seed{seed}") / MANIFEST).is_file()
+    ]
+
+
+def _judge(
+    synthetic: Table,
+    bench: _Bench,
+    scores: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    ceiling: Ceiling,
+    seed: int = 0,
+) -> tuple[Report, Audit]:
+    judging, split = bench.judging, bench.split
+    report = evaluate(
+        synthetic,
+        train=split.members,
+        holdout=split.holdout,
+        rng=stream(judging.seed, "evaluate"),
+        max_rows=judging.max_rows,
+        floors=bench.floors,
+    )
+    attacked, _ = audit(
+        synthetic,
+        members=split.members,
+        holdout=split.holdout,
+        reference=bench.attacker,
+        white_box=scores,
+        ceiling=ceiling,
+        max_candidates=judging.max_candidates,
+        rng=stream(judging.seed, "audit", seed),
+    )
+    return report, attacked
+
+
+def _white_box(
+    run: Run, reference: Run | None, bench: _Bench
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The family's loss, alone and minus a reference model's, of all members and holdout rows."""
+    split, draws = bench.split, bench.judging.draws
+
+    def scored(model: Run, table: Table) -> np.ndarray:
+        rng = FleetRng([derive(bench.judging.seed, "white-box")])
+        return model.generator.scores(model.codec.encode(table)[None], rng, draws=draws)[0].numpy()
+
+    parts = (split.members, split.holdout)
+    own = tuple(scored(run, part) for part in parts)
+    name = f"{run.recipe.model}_loss"
+    attacks = {name: (own[0], own[1])}
+    if reference is not None:
+        other = tuple(scored(reference, part) for part in parts)
+        attacks[f"{name}_ratio"] = (own[0] - other[0], own[1] - other[1])
+    return attacks
+
+
+def _ceiling(run: Run) -> Ceiling:
+    """What no attack on this run can beat, from its own ledger's privacy profile."""
+    if not run.plan.private:
+        return Ceiling.none()
+    return Ceiling.from_profile(PROFILE, run.ledger.profile(PROFILE).tolist())
+
+
+# -- words ---------------------------------------------------------------------------------------
+
+
+def run_facts(run: Run, *, name: str, data: str) -> dict[str, Any]:
+    """What card and report page say of a run."""
+    plan = run.plan
+    facts: dict[str, Any] = {
+        "name": name,
+        "family": run.recipe.model,
+        "epsilon": run.epsilon,
+        "delta": plan.delta,
+        "data": data,
+        "seed": run.seed,
+        "unit": plan.unit,
+        "relation": plan.relation,
+        "accountant": "PLD (dp-accounting)",
+        "accountant_version": version("dp-accounting"),
+        "expected_rows": plan.rows,
+        "columns": len(run.schema.columns),
+        "target": run.schema.target,
+        "metadata": "levels and bounds as declared in schema.json; bins, heaps and marginals "
+        "measured with noise and charged",
+        "tuning": "settings were not chosen on these rows",
+        "version": run.lineage["versions"]["dpsynth"],
+        "created": run.lineage["created"],
+        "ledger": [
+            {
+                "what": e.what,
+                "mechanism": e.mechanism,
+                "params": f"σ={e.sigma:.4g}, q={e.q:.4g}, steps={e.steps}",
+            }
+            for e in run.ledger.events
+        ],
+    }
+    if run.executed:
+        facts |= {"sampler": "Poisson", "sample_rate": plan.q, "steps": run.executed}
+        facts |= {"noise_multiplier": plan.noise, "clip": plan.bound}
+    return facts
+
+
+def _identity(
+    family: str, role: str, epsilon: float, delta: float, seed: int | None, target: Path
+) -> dict[str, Any]:
+    return {
+        "family": family,
+        "role": role,
+        "epsilon": epsilon,
+        "delta": delta,
+        "seed": seed,
+        "run": target.name,
+    }
+
+
+def _line(name: str, report: Report, attacked: Audit) -> str:
+    best = attacked.strongest
+    utility = next((k for k in ("tstr_gbt_auc", "tstr_gbt_r2") if k in report.metrics), None)
+    learned = "" if utility is None else f"{utility[5:]} {report.metrics[utility]:.3f}  "
+    return (
+        f"{name}: TVD2 {report.metrics['tvd2']:.3f}  {learned}"
+        f"attack {best.name} AUC {best.auc:.3f} (ceiling {attacked.ceiling_auc:.3f})"
+    )
+
+
+def _check_same_data(folder: Path, split: Split) -> None:
+    """Refuse to go on in a folder that was begun with other rows."""
+    mark = folder / ".data"
+    parts = (split.members, split.holdout, split.reference)
+    digest = hashlib.sha256("".join(part.digest() for part in parts).encode()).hexdigest()
+    if mark.is_file() and mark.read_text() != digest:
+        raise UsageError(f"sweep {str(folder)!r}: was begun with other rows; choose another folder")
+    mark.write_text(digest)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,98 @@
+"""Noisy label × column tables: what baselines sample from and networks start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpsynth.codec import Layout
+from dpsynth.privacy.mechanisms import Measurer
+
+__all__ = ["Marginals"]
+
+
+@dataclass(frozen=True, eq=False)
+class Marginals:
+    """Distributions of every column given the target, as measured once with noise.
+
+    Attributes:
+        prior: Share of each target level (groups,); a single 1 without a target.
+        given: For each target level, one distribution a column, side by side (groups, W); the
+            target's own block is `prior` in every row.
+    """
+
+    prior: Tensor
+    given: Tensor
+
+    @staticmethod
+    def tables(layout: Layout) -> int:
+        """Number of tables measured, the `parts` of the measurer."""
+        return layout.columns if layout.target is None else max(1, layout.columns - 1)
+
+    @classmethod
+    def measure(cls, codes: Tensor, layout: Layout, used: Tensor, measurer: Measurer) -> Marginals:
+        """Count, add noise, and project to distributions (post-processing).
+
+        Args:
+            codes: Private encoded rows (rows, columns).
+            layout: Public shape.
+            used: Levels that can occur (W,); the others get no mass.
+            measurer: Pays for each table (its `parts` are `tables(layout)`).
+        """
+        rows = codes.numpy()
+        group = layout.group_of(codes).numpy()
+        counts: dict[int, np.ndarray] = {}
+        for j, levels in enumerate(layout.levels):
+            if j == layout.target and layout.columns > 1:
+                continue
+            noise = measurer.histograms(f"marginal:{j}", 1)
+            cell = group * levels + rows[:, j]
+            exact = np.bincount(cell, minlength=layout.groups * levels).astype(float)
+            counts[j] = noise(exact).reshape(layout.groups, levels)
+        return cls._consistent(counts, layout, used.numpy())
+
+    @classmethod
+    def _consistent(
+        cls, counts: dict[int, np.ndarray], layout: Layout, used: np.ndarray
+    ) -> Marginals:
+        """Agree on the target's totals (their mean over tables), then fit every row to them."""
+        masks = np.split(used, np.cumsum(layout.levels)[:-1])
+        totals = np.mean([c[:, masks[j]].sum(1) for j, c in counts.items()], axis=0)
+        prior = _onto_simplex(totals, max(totals.sum(), 1.0))
+        if layout.columns == 1 and layout.target is not None:
+            prior = _onto_simplex(np.diag(counts[0]), max(totals.sum(), 1.0))
+        blocks = []
+        for j, levels in enumerate(layout.levels):
+            block = np.zeros((layout.groups, levels))
+            if j == layout.target:
+                block[:] = prior
+            else:
+                for g in range(layout.groups):
+                    block[g, masks[j]] = _onto_simplex(counts[j][g, masks[j]], max(totals[g], 1.0))
+            blocks.append(block)
+        return cls(torch.from_numpy(prior), torch.from_numpy(np.concatenate(blocks, axis=1)))
+
+    def one_way(self) -> Tensor:
+        """Distribution of each column alone, side by side (W,)."""
+        return self.prior @ self.given
+
+    def logits(self, layout: Layout, *, floor: float = 1e-6) -> Tensor:
+        """Log of `given`, smoothed towards the column's own distribution where a group is thin
+        (groups, W). `floor` keeps unseen levels finite."""
+        mixed = 0.999 * self.given + 0.001 * self.one_way()
+        return mixed.clamp_min(floor).log()
+
+
+def _onto_simplex(counts: np.ndarray, total: float) -> np.ndarray:
+    """Nearest point with sum `total` and no negative entry, as shares of it.
+
+    Subtracting one constant and cutting at 0 removes the upward bias that cutting alone gives
+    noisy zeros (Euclidean projection; Duchi et al. 2008).
+    """
+    order = np.sort(counts)[::-1]
+    excess = (np.cumsum(order) - total) / np.arange(1, len(order) + 1)
+    shift = excess[np.flatnonzero(order > excess)[-1]]
+    return np.maximum(counts - shift, 0) / total

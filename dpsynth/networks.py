@@ -1,0 +1,101 @@
+"""Networks with a leading `runs` axis: R independent copies computed as batched matrix products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpsynth.randomness import FleetRng
+
+__all__ = ["FleetLinear", "Mlp", "column_log_likelihood", "run_state", "sample_columns"]
+
+
+class FleetLinear(nn.Module):
+    """y = x W + b for R runs: weight (runs, in, out), bias (runs, out).
+
+    Inputs are (runs, batch, [draws,] in). Initialised by `reset`, since randomness is an argument.
+    """
+
+    def __init__(self, runs: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(runs, inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(runs, outputs))
+
+    def reset(self, rng: FleetRng, *, fan: int | None = None) -> None:
+        """Weights N(0, 1/fan) with `fan` the number of inputs that are on at a time (all, if not
+        given); bias 0."""
+        _, inputs, outputs = self.weight.shape
+        draws = rng.normal(inputs, outputs).to(self.weight)
+        with torch.no_grad():
+            self.weight.copy_(draws / math.sqrt(fan or inputs))
+            self.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(1, -2)
+        out = torch.baddbmm(self.bias[:, None, :], flat, self.weight)
+        return out.unflatten(1, x.shape[1:-1])
+
+
+class Mlp(nn.Module):
+    """Linear layers with SiLU between them and a skip wherever two widths agree.
+
+    Args:
+        runs: R.
+        widths: Input, hidden and output widths.
+    """
+
+    def __init__(self, runs: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(FleetLinear(runs, a, b) for a, b in pairwise(widths))
+
+    def reset(self, rng: FleetRng, name: str, *, fan: int | None = None, zero: bool = True) -> None:
+        """Draw weights; with `zero` the last layer starts at 0, so the output starts at 0."""
+        for number, layer in enumerate(self.layers):
+            assert isinstance(layer, FleetLinear)
+            layer.reset(rng.at(f"init:{name}:{number}"), fan=fan if number == 0 else None)
+        if zero:
+            nn.init.zeros_(self.layers[-1].get_parameter("weight"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = len(self.layers) - 1
+        for number, layer in enumerate(self.layers):
+            out = layer(x)
+            if number == last:
+                return out
+            out = F.silu(out)
+            x = out + x if out.shape == x.shape else out
+        return x
+
+
+def column_log_likelihood(logits: Tensor, codes: Tensor, levels: Sequence[int]) -> Tensor:
+    """Log-probability of each column's level.
+
+    Args:
+        logits: Unnormalised scores (..., W), blocks of `levels` side by side.
+        codes: Level numbers (..., D), broadcast against the leading axes of `logits`.
+        levels: Number of levels of each column.
+
+    Returns:
+        (..., D).
+    """
+    blocks = logits.split(list(levels), dim=-1)
+    norms = torch.stack([block.logsumexp(-1) for block in blocks], dim=-1)
+    starts = torch.tensor([0, *levels[:-1]], device=logits.device).cumsum(0)
+    places = (codes + starts).expand(*logits.shape[:-1], len(levels))
+    return logits.gather(-1, places) - norms
+
+
+def sample_columns(logits: Tensor, levels: Sequence[int], rng: FleetRng) -> Tensor:
+    """One level a column by the Gumbel-max rule: (runs, ..., W) -> codes (runs, ..., D)."""
+    noisy = logits + rng.gumbel(*logits.shape[1:])
+    return torch.stack([block.argmax(-1) for block in noisy.split(list(levels), dim=-1)], dim=-1)
+
+
+def run_state(module: nn.Module, run: int) -> dict[str, Tensor]:
+    """State of one run of a fleet, its runs axis kept at length 1."""
+    return {k: v[run : run + 1].clone().contiguous() for k, v in module.state_dict().items()}

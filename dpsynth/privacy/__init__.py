@@ -1,0 +1,1 @@
+"""What is spent, how it is spent, and the record of it."""

@@ -1,0 +1,296 @@
+"""The private step: clip every record's contribution, add noise once, let the optimizer move.
+
+Three ways to the same clipped sum, all over parameters with a leading `runs` axis:
+
+* `taps`: one forward, one backward to the layer outputs only; a record's norm in closed form from
+  what went into a layer and what came back, then one re-weighted matrix product a layer.
+* `opacus_hooks`: Opacus materialises every record's gradient.
+* `opacus_ghost`: Opacus computes norms layer by layer, then a second, re-weighted backward.
+
+Opacus has one σ, one C and one batch axis; `FleetOptimizer` gives each run its own.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+from opacus.optimizers import DPOptimizer
+from torch import Tensor, nn
+
+from dpsynth.checks import UsageError, check_choice
+from dpsynth.networks import FleetLinear
+from dpsynth.randomness import FleetRng
+
+__all__ = ["ENGINES", "FleetOptimizer", "PrivateEngine"]
+
+LossOf = Callable[[], Tensor]
+
+
+class Clipper(ABC):
+    """Adds each run's sum of clipped per-record gradients to `p.summed_grad`."""
+
+    def __init__(self, network: nn.Module, bound: Tensor) -> None:
+        self.network = network
+        self.bound = bound
+        for name, module in network.named_modules():
+            if list(module.parameters(recurse=False)) and not isinstance(module, FleetLinear):
+                raise UsageError(
+                    f"layer {name!r} ({type(module).__name__}): no per-record norm is known for "
+                    "it; use FleetLinear"
+                )
+
+    @abstractmethod
+    def accumulate(self, losses: LossOf, counts: Tensor) -> Tensor:
+        """Args:
+            losses: Evaluates the unreduced loss (runs, batch).
+            counts: 1 where a record is in the batch, 0 for padding (runs, batch).
+
+        Returns:
+            The losses, detached.
+        """
+
+    def factors(self, squared: Tensor, counts: Tensor) -> Tensor:
+        """Clip factor of each record from its squared norm (runs, batch).
+
+        A norm that is not finite gives 0: the record contributes nothing (fails closed).
+        """
+        norms = squared.clamp_min(0).sqrt()
+        factor = (self.bound[:, None] / (norms + 1e-6)).clamp(max=1.0)
+        return torch.where(norms.isfinite(), factor, 0.0) * counts
+
+
+def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
+    held = getattr(parameter, "summed_grad", None)
+    parameter.summed_grad = gradient if held is None else held + gradient  # type: ignore[attr-defined]
+
+
+def _draws(x: Tensor) -> Tensor:
+    """(runs, batch, [draws...,] features) -> (runs, batch, draws, features)."""
+    return x.unsqueeze(2) if x.dim() == 3 else x.flatten(2, -2)
+
+
+def squared_norms(a: Tensor, b: Tensor) -> Tensor:
+    """Squared norm of each record's weight and bias gradient, never formed.
+
+    With K draws inside one record, ‖Σ_k a_k b_kᵀ‖² + ‖Σ_k b_k‖² = Σ_kl (⟨a_k,a_l⟩+1)⟨b_k,b_l⟩.
+
+    Args:
+        a: Layer inputs (runs, batch, draws, in).
+        b: Gradients at the layer's output (runs, batch, draws, out).
+    """
+    if a.shape[2] == 1:
+        return (a.square().sum(-1) + 1).mul(b.square().sum(-1)).squeeze(-1)
+    return ((a @ a.mT + 1) * (b @ b.mT)).sum((-1, -2))
+
+
+class TapClipper(Clipper):
+    """Closed-form norms from taps at the layers' inputs and outputs; no per-record gradient."""
+
+    def accumulate(self, losses: LossOf, counts: Tensor) -> Tensor:
+        layers = [m for m in self.network.modules() if isinstance(m, FleetLinear)]
+        inputs: dict[FleetLinear, list[Tensor]] = {layer: [] for layer in layers}
+        outputs: dict[FleetLinear, list[Tensor]] = {layer: [] for layer in layers}
+
+        def tap(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            assert isinstance(layer, FleetLinear)
+            inputs[layer].append(args[0].detach())
+            outputs[layer].append(out)
+
+        handles = [layer.register_forward_hook(tap) for layer in layers]
+        try:
+            loss = losses()
+        finally:
+            for handle in handles:
+                handle.remove()
+        used = [layer for layer in layers if outputs[layer]]
+        flat = [out for layer in used for out in outputs[layer]]
+        gradients = iter(torch.autograd.grad(loss.sum(), flat))
+        pairs = []
+        for layer in used:
+            b = torch.cat([_draws(next(gradients)) for _ in outputs[layer]], dim=2)
+            pairs.append((layer, torch.cat([_draws(a) for a in inputs[layer]], dim=2), b))
+        squared = torch.stack([squared_norms(a, b) for _, a, b in pairs]).sum(0)
+        self._reduce(pairs, squared, counts)
+        return loss.detach()
+
+    def _reduce(
+        self, pairs: list[tuple[FleetLinear, Tensor, Tensor]], squared: Tensor, counts: Tensor
+    ) -> None:
+        factor = self.factors(squared, counts)[..., None, None]
+        broken = not bool(squared.isfinite().all())
+        for layer, a, b in pairs:
+            weighted = b * factor
+            if broken:  # 0 · inf is NaN, so such records are taken out rather than weighted
+                weighted = torch.where(factor > 0, weighted, 0.0)
+                a = torch.where(factor > 0, a, 0.0)
+            flat = weighted.flatten(1, 2)
+            _add(layer.weight, a.flatten(1, 2).mT @ flat)
+            _add(layer.bias, flat.sum(1))
+
+
+class HooksClipper(Clipper):
+    """Opacus' per-record gradients, clipped a run at a time."""
+
+    def __init__(self, network: nn.Module, bound: Tensor) -> None:
+        super().__init__(network, bound)
+        # Axis 0 is runs and axis 1 is the batch, which Opacus calls batch_first=False.
+        self._hooked = GradSampleModule(network, batch_first=False, loss_reduction="sum")
+        self._hooked.disable_hooks()
+
+    def accumulate(self, losses: LossOf, counts: Tensor) -> Tensor:
+        self._hooked.enable_hooks()
+        loss = losses()
+        loss.sum().backward()
+        self._hooked.disable_hooks()
+        parameters = list(self.network.parameters())
+        samples = [p.grad_sample for p in parameters]  # type: ignore[attr-defined]
+        flat = [g.flatten(2).square().sum(-1) for g in samples]
+        factor = self.factors(torch.stack(flat).sum(0).mT, counts)
+        for parameter, sample in zip(parameters, samples, strict=True):
+            sample = torch.where(_expand(factor.mT > 0, sample), sample, 0.0)
+            _add(parameter, torch.einsum("rb,br...->r...", factor, sample))
+            parameter.grad_sample = None  # type: ignore[attr-defined]
+            parameter.grad = None
+        return loss.detach()
+
+
+class GhostClipper(Clipper):
+    """Opacus' ghost norms, then a second backward of the re-weighted loss."""
+
+    def __init__(self, network: nn.Module, bound: Tensor) -> None:
+        super().__init__(network, bound)
+        self._hooked = GradSampleModuleFastGradientClipping(
+            network, batch_first=False, loss_reduction="sum"
+        )
+        self._hooked.disable_hooks()
+
+    def accumulate(self, losses: LossOf, counts: Tensor) -> Tensor:
+        self._hooked.enable_hooks()
+        loss = losses()
+        loss.sum().backward(retain_graph=True)
+        self._hooked.disable_hooks()
+        factor = self.factors(self._hooked.get_norm_sample().square().mT, counts)
+        self.network.zero_grad()
+        kept = torch.where(factor > 0, loss * factor, 0.0)
+        kept.sum().backward()
+        for parameter in self.network.parameters():
+            _add(
+                parameter, torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            )
+            parameter.grad = None
+        return loss.detach()
+
+
+def _expand(mask: Tensor, like: Tensor) -> Tensor:
+    return mask.reshape(*mask.shape, *(1,) * (like.dim() - mask.dim()))
+
+
+def _opacus_view(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Opacus hands over (batch, runs, ...); give back (runs, batch, draws, features)."""
+    return _draws(a.transpose(0, 1)), _draws(b.transpose(0, 1))
+
+
+def _grad_sampler(
+    layer: FleetLinear, activations: list[Tensor], backprops: Tensor
+) -> dict[nn.Parameter, Tensor]:
+    a, b = _opacus_view(activations[0], backprops)
+    return {
+        layer.weight: torch.einsum("rbki,rbko->brio", a, b),
+        layer.bias: torch.einsum("rbko->bro", b),
+    }
+
+
+def _norm_sampler(
+    layer: FleetLinear, activations: list[Tensor], backprops: Tensor
+) -> dict[nn.Parameter, Tensor]:
+    a, b = _opacus_view(activations[0], backprops)
+    bias = b.sum(2).square().sum(-1)
+    weight = (squared_norms(a, b) - bias).clamp_min(0)
+    return {layer.weight: weight.sqrt().mT, layer.bias: bias.sqrt().mT}
+
+
+# The extension point behind opacus.grad_sample.register_grad_sampler / register_norm_sampler.
+GradSampleModule.GRAD_SAMPLERS[FleetLinear] = _grad_sampler
+GradSampleModuleFastGradientClipping.NORM_SAMPLERS[FleetLinear] = _norm_sampler
+
+ENGINES: dict[str, type[Clipper]] = {
+    "taps": TapClipper,
+    "opacus_hooks": HooksClipper,
+    "opacus_ghost": GhostClipper,
+}
+
+
+class FleetOptimizer(DPOptimizer):
+    """Opacus' DP optimizer with a noise multiplier, a bound and a batch size for each run.
+
+    The clipped sums are already in `p.summed_grad`; noise is drawn once a step from keyed streams.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, *, sigma: Tensor, bound: Tensor, batch: Tensor
+    ) -> None:
+        super().__init__(optimizer, noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=1)
+        # σC with C = ∞ and σ = 0 (no privacy) is no noise, not NaN.
+        self.scale = torch.where(sigma > 0, sigma * bound, torch.zeros_like(sigma))
+        self.batch = batch
+
+    def release(self, rng: FleetRng, step: int) -> None:
+        """Turn the clipped sums into noisy means in `p.grad` and move; clears the sums."""
+        opened = rng.at("noise", step)
+        for parameter in self.params:
+            total = getattr(parameter, "summed_grad", None)
+            total = torch.zeros_like(parameter) if total is None else total
+            if self.scale.any():
+                noise = opened.normal(*parameter.shape[1:]).to(total)
+                total = total + noise * _expand(self.scale, total).to(total)
+            parameter.grad = total / _expand(self.batch, total).to(total)
+            parameter.summed_grad = None  # type: ignore[attr-defined]
+        self.original_optimizer.step()
+        self.original_optimizer.zero_grad(set_to_none=True)
+
+
+class PrivateEngine:
+    """Drives one network's private steps.
+
+    Args:
+        network: Module whose parameters all have a leading runs axis.
+        optimizer: Any torch optimizer over its parameters.
+        sigma: Noise multiplier of each run (R,), 0 for none.
+        bound: Clipping bound C of each run (R,), inf for none.
+        batch: Expected batch size of each run (R,): the denominator, never the realised size.
+        mode: One of `ENGINES`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        sigma: Sequence[float],
+        bound: Sequence[float],
+        batch: Sequence[float],
+        mode: str = "taps",
+    ) -> None:
+        check_choice("engine", mode, ENGINES)
+        for s, c in zip(sigma, bound, strict=True):
+            if s > 0 and math.isinf(c):
+                raise UsageError(f"sigma={s} with clip={c}: noise needs a finite clipping bound")
+            if s == 0 and math.isfinite(c):
+                raise UsageError(f"sigma={s} with clip={c}: clipping without noise is not private")
+        like = next(network.parameters())
+        scales = [torch.tensor(list(v), dtype=like.dtype) for v in (sigma, bound, batch)]
+        noise, clip, size = (scale.to(like.device) for scale in scales)
+        self.clipper = ENGINES[mode](network, clip)
+        self.optimizer = FleetOptimizer(optimizer, sigma=noise, bound=clip, batch=size)
+
+    def accumulate(self, losses: LossOf, counts: Tensor) -> Tensor:
+        """Add one piece of the batch; see `Clipper.accumulate`."""
+        return self.clipper.accumulate(losses, counts)
+
+    def step(self, rng: FleetRng, step: int) -> None:
+        """Add noise, divide by the expected batch, move. An empty batch moves by noise alone."""
+        self.optimizer.release(rng, step)

@@ -1,0 +1,292 @@
+"""Schema and Column: the public facts about a table, declared and never silently read off rows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dpsynth.checks import RefusedError, UsageError, check_choice, check_count, check_positive
+
+__all__ = ["FORMAT", "KINDS", "MAX_LEVELS", "Column", "Schema"]
+
+FORMAT = 1
+KINDS = ("categorical", "integer", "decimal")
+PROVENANCES = ("declared", "data")
+MAX_LEVELS = 1024
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column's public facts.
+
+    Attributes:
+        name: Column name.
+        kind: `categorical`, `integer` or `decimal`.
+        levels: Categorical only: every level that may occur, as strings, in order if `ordered`.
+        lower: Numeric only: least value that may occur (inclusive).
+        upper: Numeric only: greatest value that may occur (inclusive).
+        step: Numeric only: distance between neighbouring values; 1 for integers, `None` for a
+            decimal of unknown resolution.
+        nullable: Whether missing values may occur; they are modelled, not dropped.
+        ordered: Categorical only: whether the order of `levels` means something.
+        provenance: `declared` by a person as public, or read off the `data`. A finite-ε run
+            refuses the latter.
+    """
+
+    name: str
+    kind: str
+    levels: tuple[str, ...] = ()
+    lower: float | None = None
+    upper: float | None = None
+    step: float | None = None
+    nullable: bool = False
+    ordered: bool = False
+    provenance: str = "declared"
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        check_choice(f"kind of column {self.name!r}", self.kind, KINDS)
+        check_choice(f"provenance of column {self.name!r}", self.provenance, PROVENANCES)
+        if self.kind == "categorical":
+            self._check_levels()
+        else:
+            self._check_bounds()
+
+    def _check_types(self) -> None:
+        """Facts may come from a file, so nothing is taken for granted."""
+        if not isinstance(self.name, str):
+            raise UsageError(f"column name={self.name!r}: must be a text")
+        for fact in ("lower", "upper", "step"):
+            value = getattr(self, fact)
+            if value is not None and not isinstance(value, Real):
+                raise UsageError(f"column {self.name!r}: {fact}={value!r} must be a number")
+        for fact in ("nullable", "ordered"):
+            if not isinstance(getattr(self, fact), bool):
+                raise UsageError(
+                    f"column {self.name!r}: {fact}={getattr(self, fact)!r} must be true or false"
+                )
+
+    def _check_levels(self) -> None:
+        count = len(self.levels)
+        if self.lower is not None or self.upper is not None or self.step is not None:
+            raise UsageError(f"column {self.name!r}: categorical, so it takes levels, not bounds")
+        if len(set(self.levels)) != count:
+            raise UsageError(f"column {self.name!r}: a level is listed twice; list each once")
+        if count < 2:
+            raise UsageError(
+                f"column {self.name!r}: constant ({count} level); drop it and add it after sampling"
+            )
+        if count > MAX_LEVELS:
+            raise UsageError(
+                f"column {self.name!r}: {count} levels, more than {MAX_LEVELS}; "
+                "group them or drop it"
+            )
+
+    def _check_bounds(self) -> None:
+        if self.levels or self.ordered:
+            raise UsageError(f"column {self.name!r}: {self.kind}, so it takes bounds, not levels")
+        if self.lower is None or self.upper is None:
+            raise UsageError(f"column {self.name!r}: {self.kind} needs lower and upper bounds")
+        if not (math.isfinite(self.lower) and math.isfinite(self.upper)):
+            raise UsageError(
+                f"column {self.name!r}: bounds {self.lower}..{self.upper} must be finite"
+            )
+        if self.lower >= self.upper:
+            raise UsageError(
+                f"column {self.name!r}: constant or reversed bounds {self.lower}..{self.upper}; "
+                "widen them or drop the column"
+            )
+        if self.kind == "integer":
+            if self.lower != round(self.lower) or self.upper != round(self.upper):
+                raise UsageError(
+                    f"column {self.name!r}: integer bounds {self.lower}..{self.upper} must be whole"
+                )
+            if self.step not in (None, 1):
+                raise UsageError(f"column {self.name!r}: step={self.step}; integers step by 1")
+            object.__setattr__(self, "step", 1.0)
+        elif self.step is not None:
+            check_positive(f"step of column {self.name!r}", self.step)
+
+    @property
+    def numeric(self) -> bool:
+        """Whether values are numbers with bounds."""
+        return self.kind != "categorical"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready facts, defaults left out."""
+        defaults = {f: v.default for f, v in self.__dataclass_fields__.items()}
+        facts = {k: v for k, v in asdict(self).items() if v != defaults[k]}
+        if self.levels:
+            facts["levels"] = list(self.levels)
+        return facts
+
+    @classmethod
+    def from_dict(cls, facts: dict[str, Any]) -> Column:
+        """Inverse of `to_dict`; an unknown key is refused."""
+        if not isinstance(facts, dict):
+            raise UsageError(f"schema column {facts!r}: must be an object with a name and a kind")
+        unknown = sorted(set(facts) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise UsageError(f"schema column {facts.get('name')!r}: unknown key {unknown[0]!r}")
+        if "name" not in facts or "kind" not in facts:
+            raise UsageError(f"schema column {facts}: needs a name and a kind")
+        levels = facts.get("levels", [])
+        if not isinstance(levels, list):
+            raise UsageError(f"schema column {facts['name']!r}: levels={levels!r} must be a list")
+        levels = tuple(str(level) for level in levels)
+        return cls(**{**facts, "levels": levels})
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The public facts about a table.
+
+    Attributes:
+        columns: Columns in order.
+        target: Name of the column that a downstream model would predict, if any.
+        expected_rows: Public number of rows, if declared. The true count is private under
+            add/remove, so sampling rates and sizes are derived from this one.
+    """
+
+    columns: tuple[Column, ...]
+    target: str | None = None
+    expected_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.columns:
+            raise UsageError("schema has no columns; declare at least one")
+        names = self.names
+        for name in names:
+            if names.count(name) > 1:
+                raise UsageError(f"column {name!r} is declared twice; declare each once")
+        if self.target is not None and self.target not in names:
+            raise UsageError(f"target={self.target!r}: no such column; choose one of {names}")
+        if self.expected_rows is not None:
+            check_count("expected_rows", self.expected_rows)
+
+    @property
+    def names(self) -> list[str]:
+        """Column names in order."""
+        return [column.name for column in self.columns]
+
+    def __getitem__(self, name: str) -> Column:
+        for column in self.columns:
+            if column.name == name:
+                return column
+        raise UsageError(f"column {name!r}: not in the schema; choose one of {self.names}")
+
+    def select(self, names: Iterable[str]) -> Schema:
+        """The same facts for `names` only, in that order; a target left out becomes `None`."""
+        columns = tuple(self[name] for name in names)
+        kept = self.target if self.target in [c.name for c in columns] else None
+        return replace(self, columns=columns, target=kept)
+
+    def drop(self, names: Iterable[str]) -> Schema:
+        """The same facts without `names`; an unknown name is refused."""
+        gone = [self[name].name for name in names]
+        return self.select([name for name in self.names if name not in gone])
+
+    def check_public(self) -> None:
+        """Refuse a schema that holds a fact read off the rows (needed before any finite-ε run)."""
+        for column in self.columns:
+            if column.provenance != "declared":
+                raise RefusedError(
+                    f"column {column.name!r}: its levels or bounds were read off the data; check "
+                    "them and set provenance to 'declared', or train with privacy.epsilon=inf"
+                )
+
+    def to_json(self) -> str:
+        """Text of a schema file."""
+        body = {
+            "format": FORMAT,
+            "target": self.target,
+            "expected_rows": self.expected_rows,
+            "columns": [column.to_dict() for column in self.columns],
+        }
+        return json.dumps(body, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Schema:
+        """Inverse of `to_json`; unknown keys and newer formats are refused."""
+        try:
+            body = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"schema is not JSON: {error}") from error
+        if not isinstance(body, dict) or not isinstance(body.get("columns"), list):
+            raise UsageError("schema needs a list 'columns'; see `dpsynth schema infer`")
+        unknown = sorted(set(body) - {"format", "target", "expected_rows", "columns"})
+        if unknown:
+            raise UsageError(f"schema: unknown key {unknown[0]!r}")
+        if body.get("format", FORMAT) != FORMAT:
+            raise UsageError(f"schema format={body['format']}: this version reads {FORMAT}")
+        columns = tuple(Column.from_dict(facts) for facts in body["columns"])
+        return cls(columns, body.get("target"), body.get("expected_rows"))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Schema:
+        """Read a schema file."""
+        path = Path(path)
+        if not path.is_file():
+            raise UsageError(f"schema {str(path)!r}: no such file")
+        return cls.from_json(path.read_text())
+
+    @classmethod
+    def infer(cls, frame: pd.DataFrame, target: str | None = None) -> Schema:
+        """Draft a schema from rows; every fact is marked as read off the data.
+
+        Whole numbers become `integer`, other numbers `decimal`, the rest `categorical`; a number
+        with fewer than three distinct values is a category.
+        """
+        if frame.empty:
+            raise UsageError("table has no rows; a schema cannot be drafted from it")
+        columns = tuple(
+            _infer_column(str(name), frame.iloc[:, place])
+            for place, name in enumerate(frame.columns)
+        )
+        return cls(columns, target)
+
+
+def _infer_column(name: str, values: pd.Series) -> Column:
+    present = values.dropna()
+    if present.empty:
+        raise UsageError(f"column {name!r}: all values are missing; drop it")
+    nullable = len(present) < len(values)
+    distinct = as_level(present).nunique()
+    if distinct < 2:
+        raise UsageError(f"column {name!r}: constant; drop it and add it after sampling")
+    numeric = pd.api.types.is_numeric_dtype(present) and not pd.api.types.is_bool_dtype(present)
+    if numeric and not np.isfinite(present.to_numpy(dtype=float)).all():
+        raise UsageError(f"column {name!r}: holds an infinite value; replace it")
+    if not numeric or distinct < 3:
+        levels = tuple(sorted(set(as_level(present))))
+        return Column(name, "categorical", levels, nullable=nullable, provenance="data")
+    numbers = present.to_numpy(dtype=float)
+    whole = bool((numbers == np.round(numbers)).all())
+    return Column(
+        name,
+        "integer" if whole else "decimal",
+        lower=float(numbers.min()),
+        upper=float(numbers.max()),
+        nullable=nullable,
+        provenance="data",
+    )
+
+
+def as_level(values: pd.Series) -> pd.Series:
+    """Values as level names: whole floats (an integer column with gaps) lose their `.0`.
+
+    Each value by itself: were one row able to change how the others are named, a neighbouring
+    table would differ in every row.
+    """
+    names = values.astype("string")
+    if pd.api.types.is_float_dtype(values):
+        names = names.str.removesuffix(".0")
+    return names

@@ -1,0 +1,292 @@
+"""Fleet training: R runs (ε × seed × rows) of one recipe, measured and trained as one program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from dpsynth.baselines.marginal import Independent, NaiveBayes
+from dpsynth.checks import UsageError, check_choice
+from dpsynth.codec import Codec
+from dpsynth.data import Table
+from dpsynth.marginals import Marginals
+from dpsynth.models import Diffusion, Gan, Generator, Vae
+from dpsynth.privacy.batches import PoissonBatches
+from dpsynth.privacy.ledger import Ledger
+from dpsynth.privacy.mechanisms import Measurer
+from dpsynth.privacy.plan import PrivacyPlan, gaussian_event, gaussian_mu
+from dpsynth.randomness import FleetRng, fresh_key, stream
+
+__all__ = ["FAMILIES", "Recipe", "Seat", "Trained", "build", "train_fleet"]
+
+FAMILIES: dict[str, type[Generator]] = {
+    family.family: family for family in (Vae, Gan, Diffusion, Independent, NaiveBayes)
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about a training but ε, seed and rows: runs of one recipe form a fleet.
+
+    Attributes:
+        model: Name of a family.
+        options: Its settings (widths, learning rate, draws, …).
+        privacy: Settings of `PrivacyPlan` other than ε and rows.
+        codec: `bins` and `heaps`.
+        engine: `taps`, `opacus_hooks` or `opacus_ghost`.
+        piece: Largest number of records in memory at a time, a run.
+        device: `auto`, `cpu` or `cuda`.
+    """
+
+    model: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    privacy: Mapping[str, Any] = field(default_factory=dict)
+    codec: Mapping[str, int] = field(default_factory=dict)
+    engine: str = "taps"
+    piece: int = 1024
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_choice("model", self.model, FAMILIES)
+        check_choice("device", self.device, ("auto", "cpu", "cuda"))
+
+
+@dataclass(frozen=True, eq=False)
+class Seat:
+    """One run's place in a fleet.
+
+    Attributes:
+        table: The rows it may see.
+        epsilon: Target ε; inf for none.
+        seed: Fixed seed, or `None` for noise from the operating system's entropy.
+        role: `model`, or `reference` for a run on an attacker's rows.
+    """
+
+    table: Table
+    epsilon: float
+    seed: int | None = None
+    role: str = "model"
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What one seat leaves: a fleet of one, ready to sample."""
+
+    seat: Seat
+    recipe: Recipe
+    plan: PrivacyPlan
+    ledger: Ledger
+    codec: Codec
+    generator: Generator
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """A seat after everything that reads rows outside of DP-SGD."""
+
+    plan: PrivacyPlan
+    ledger: Ledger
+    codec: Codec
+    codes: Tensor
+    marginals: Marginals
+
+
+def build(recipe: Recipe, codec: Codec, runs: int) -> Generator:
+    """An untrained generator of the recipe's family; an unknown option is refused."""
+    family = FAMILIES[recipe.model]
+    try:
+        return family(codec.layout, runs, **dict(recipe.options))
+    except TypeError as error:
+        reason = str(error).split("__init__() ")[-1]
+        raise UsageError(f"model={recipe.model}: {reason}") from error
+
+
+def train_fleet(
+    recipe: Recipe,
+    seats: Sequence[Seat],
+    *,
+    state: Path | None = None,
+    logger: Sequence[Logger] | bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> list[Trained]:
+    """Measure, then train all seats as one program.
+
+    Args:
+        recipe: What they share.
+        seats: One entry a run, all under one schema.
+        state: Folder for what a resumed training needs (keys and the last checkpoint; private,
+            never published). `None` keeps nothing.
+        logger: Lightning loggers.
+        callbacks: Lightning callbacks.
+
+    Returns:
+        One `Trained` a seat, in order.
+    """
+    if not seats:
+        raise UsageError("seats=0: a fleet needs at least one run")
+    keys = _keys(seats, state)
+    measured = [_measure(recipe, seat, key) for seat, key in zip(seats, keys, strict=True)]
+    generator = build(recipe, measured[0].codec, len(seats))
+    rng = FleetRng(keys, device=_device(recipe))
+    generator.reset(FleetRng(keys))
+    generator.prepare([m.marginals for m in measured], [m.codec.used for m in measured])
+    if generator.trained and measured[0].plan.steps:
+        for m in measured:
+            m.ledger.pay(m.plan.training_event(f"dpsgd:{recipe.model}"))
+        _fit(recipe, generator, measured, rng, state, logger, callbacks)
+    generator.finish()
+    return [
+        Trained(seat, recipe, m.plan, m.ledger, m.codec, _single(recipe, m.codec, generator, run))
+        for run, (seat, m) in enumerate(zip(seats, measured, strict=True))
+    ]
+
+
+def _measure(recipe: Recipe, seat: Seat, key: int) -> _Measured:
+    """Row count (if not declared), codec and marginals, each through a paid mechanism."""
+    if math.isfinite(seat.epsilon):
+        seat.table.schema.check_public()
+    settings = dict(recipe.privacy)
+    shares = dict(settings.pop("shares", {"codec": 0.1, "marginals": 0.3}))
+    codec_settings = {"bins": 32, "heaps": 16, **recipe.codec}
+    columns = Codec.measured_columns(seat.table.schema, **codec_settings)
+    if not columns:
+        shares["codec"] = 0.0
+    family = FAMILIES[recipe.model]
+    if not family.trained:
+        settings["steps"] = 0
+        shares["marginals"] = 1 - sum(v for k, v in shares.items() if k != "marginals")
+    settings["clip"] = settings.get("clip") or family.clip
+    delta = float(settings.pop("delta", 1e-5))
+    if not math.isfinite(seat.epsilon):
+        delta = min(delta, 0.5 / len(seat.table))
+    ledger = Ledger(delta)
+    rows = _public_rows(seat, delta, shares, ledger, key)
+    plan = PrivacyPlan(seat.epsilon, delta, rows, shares=shares, **settings).calibrate()
+    measurer = Measurer(ledger, plan.mu("codec"), 2 * len(columns), stream(key, "codec"))
+    codec = Codec.fit(seat.table, measurer, rows=rows, **codec_settings)
+    codes = codec.encode(seat.table)
+    parts = Marginals.tables(codec.layout)
+    measurer = Measurer(ledger, plan.mu("marginals"), parts, stream(key, "marginals"))
+    marginals = Marginals.measure(codes, codec.layout, codec.used, measurer)
+    return _Measured(plan, ledger, codec, codes, marginals)
+
+
+def _public_rows(
+    seat: Seat, delta: float, shares: dict[str, float], ledger: Ledger, key: int
+) -> int:
+    """The declared number of rows, or a noisy count that the ledger pays for."""
+    declared = seat.table.schema.expected_rows
+    if declared is not None or not math.isfinite(seat.epsilon):
+        shares["rows"] = 0.0
+        return declared if declared is not None else len(seat.table)
+    share = shares.setdefault("rows", 0.01)
+    if share <= 0:
+        raise UsageError("privacy.shares.rows=0: declare expected_rows in the schema or pay for it")
+    mu = gaussian_mu(seat.epsilon, delta) * math.sqrt(share)
+    ledger.pay(gaussian_event("rows", mu))
+    noise = stream(key, "rows").standard_normal() / mu
+    return max(1, round(len(seat.table) + noise))
+
+
+def _keys(seats: Sequence[Seat], state: Path | None) -> list[int]:
+    """One 128-bit key a seat: from its seed, or from entropy kept in `state` until it is done."""
+    held = None if state is None else state / "keys"
+    if held is not None and held.is_file():
+        keys = [int(line) for line in held.read_text().split()]
+        if len(keys) != len(seats):
+            raise UsageError(f"state {str(state)!r}: belongs to another fleet; remove it")
+        return keys
+    keys = [fresh_key() if seat.seed is None else seat.seed for seat in seats]
+    if held is not None:
+        held.parent.mkdir(parents=True, exist_ok=True)
+        held.touch(mode=0o600)
+        held.write_text("\n".join(map(str, keys)))
+    return keys
+
+
+def _device(recipe: Recipe) -> str:
+    if recipe.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device=cuda: no GPU is visible to torch; use device=cpu")
+    return recipe.device
+
+
+class _Blocks(IterableDataset):
+    """How many steps each `training_step` takes, until all are done; carries no data."""
+
+    def __init__(self, generator: Generator) -> None:
+        self.generator = generator
+
+    def __iter__(self) -> Iterator[Tensor]:
+        # Read anew each time, so that a restored checkpoint goes on where it stopped.
+        while (left := self.generator.total - int(self.generator.completed)) > 0:
+            yield torch.tensor(min(left, self.generator.block))
+
+
+def _fit(
+    recipe: Recipe,
+    generator: Generator,
+    measured: Sequence[_Measured],
+    rng: FleetRng,
+    state: Path | None,
+    logger: Sequence[Logger] | bool,
+    callbacks: Sequence[Callback],
+) -> None:
+    plans = [m.plan for m in measured]
+    sizes = [len(m.codes) for m in measured]
+    batches = PoissonBatches(sizes, [plan.q for plan in plans], piece=recipe.piece)
+    generator.bind(_stack([m.codes for m in measured]), batches, plans, rng, engine=recipe.engine)
+    device = _device(recipe)
+    trainer = lightning.Trainer(
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        max_epochs=1,
+        logger=list(logger) if isinstance(logger, Sequence) else logger,
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+    )
+    last = None if state is None else state / "last.ckpt"
+    resume = str(last) if last is not None and last.is_file() else None
+    loader = DataLoader(_Blocks(generator), batch_size=None)
+    try:
+        trainer.fit(generator, loader, ckpt_path=resume, weights_only=True)
+    except SystemExit:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from None
+    if int(generator.completed) != generator.total:
+        raise UsageError(
+            f"stopped after {int(generator.completed)} of {generator.total} steps; run the same "
+            "command again to go on"
+        )
+
+
+def _stack(codes: Sequence[Tensor]) -> Tensor:
+    """Runs side by side (runs, rows, D); shorter ones are padded, never drawn beyond their end."""
+    rows = max(len(c) for c in codes)
+    padded = [torch.nn.functional.pad(c, (0, 0, 0, rows - len(c))) for c in codes]
+    return torch.stack(padded).to(torch.int16)
+
+
+def _single(recipe: Recipe, codec: Codec, fleet: Generator, run: int) -> Generator:
+    """One run of the fleet as a fleet of one."""
+    generator = build(recipe, codec, 1)
+    state = {
+        name: value if name == "completed" else value[run : run + 1].cpu().clone()
+        for name, value in fleet.state_dict().items()
+    }
+    generator.load_state_dict(state)
+    generator.finish()
+    return generator

@@ -1,0 +1,183 @@
+"""Run: what a training leaves behind. Saves and loads without executing code."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from dpsynth.artifacts import read_folder, write_folder
+from dpsynth.checks import UsageError
+from dpsynth.codec import Codec
+from dpsynth.data import Table
+from dpsynth.models.base import Generator
+from dpsynth.privacy.ledger import Ledger
+from dpsynth.privacy.plan import PrivacyPlan
+from dpsynth.sampling import parse_where, sample_table
+from dpsynth.schema import Schema
+from dpsynth.training.fleet import Recipe, Trained, build
+
+__all__ = ["Run"]
+
+_PACKAGES = ("dpsynth", "torch", "opacus", "dp-accounting", "lightning", "numpy", "pandas")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A trained generator with everything needed to sample it and to check its claim.
+
+    Attributes:
+        recipe: How it was trained.
+        plan: What it was allowed to spend, and how.
+        ledger: What it spent.
+        codec: How rows are encoded.
+        generator: A fleet of one.
+        seed: Fixed seed of the training, or `None` for the operating system's entropy.
+        executed: DP-SGD steps taken.
+        lineage: Versions, time, and a name for the data.
+    """
+
+    recipe: Recipe
+    plan: PrivacyPlan
+    ledger: Ledger
+    codec: Codec
+    generator: Generator
+    seed: int | None
+    executed: int
+    lineage: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, trained: Trained, **lineage: Any) -> Run:
+        """The run that one seat of a fleet left."""
+        facts = {
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in _PACKAGES},
+            **lineage,
+        }
+        return cls(
+            trained.recipe,
+            trained.plan,
+            trained.ledger,
+            trained.codec,
+            trained.generator,
+            trained.seat.seed,
+            int(trained.generator.completed),
+            facts,
+        )
+
+    @property
+    def schema(self) -> Schema:
+        """Public facts about the table."""
+        return self.codec.schema
+
+    @property
+    def epsilon(self) -> float:
+        """ε spent, composed from the ledger."""
+        return self.ledger.epsilon
+
+    def sample(
+        self,
+        rows: int,
+        *,
+        where: Mapping[str, object] | str | None = None,
+        rng: int | None = None,
+    ) -> pd.DataFrame:
+        """Draw a table; see `dpsynth.sampling.sample_table`."""
+        return self.sample_table(rows, where=where, rng=rng).frame
+
+    generate = sample
+
+    def sample_table(
+        self,
+        rows: int,
+        *,
+        where: Mapping[str, object] | str | None = None,
+        rng: int | None = None,
+    ) -> Table:
+        """As `sample`, as a `Table` under the run's schema."""
+        conditions = parse_where(where) if isinstance(where, str) else where
+        return sample_table(self.generator, self.codec, rows, where=conditions, rng=rng)
+
+    def save(self, folder: str | Path, extra: Mapping[str, bytes] | None = None) -> None:
+        """Write the run folder, with any `extra` files, whole or not at all."""
+        write_folder(Path(folder), {**self._files(), **(extra or {})}, self.lineage)
+
+    def _files(self) -> dict[str, bytes]:
+        plan = asdict_plan(self.plan)
+        config = {
+            "recipe": _plain(asdict(self.recipe)),
+            "plan": plan,
+            "seed": self.seed,
+            "executed": self.executed,
+        }
+        return {
+            "config.yaml": yaml.safe_dump(config, sort_keys=False).encode(),
+            "schema.json": self.schema.to_json().encode(),
+            "codec.json": json.dumps(self.codec.to_dict()).encode(),
+            "ledger.json": self.ledger.to_json().encode(),
+            "model.safetensors": save_tensors(
+                {k: v.contiguous() for k, v in self.generator.state_dict().items()}
+            ),
+        }
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Run:
+        """Read a run folder after checking its hashes; executes nothing from it."""
+        files, lineage = read_folder(Path(folder))
+        for name in (
+            "config.yaml",
+            "schema.json",
+            "codec.json",
+            "ledger.json",
+            "model.safetensors",
+        ):
+            if name not in files:
+                raise UsageError(f"run {str(folder)!r}: {name} is missing; fetch it again")
+        config = yaml.safe_load(files["config.yaml"])
+        recipe = Recipe(**config["recipe"])
+        schema = Schema.from_json(files["schema.json"].decode())
+        codec = Codec.from_dict(schema, json.loads(files["codec.json"]))
+        generator = build(recipe, codec, 1)
+        try:
+            generator.load_state_dict(load_tensors(files["model.safetensors"]))
+        except (RuntimeError, SafetensorError) as error:
+            raise UsageError(
+                f"run {str(folder)!r}: weights do not fit its schema and recipe; fetch it again"
+            ) from error
+        generator.finish()
+        return cls(
+            recipe,
+            PrivacyPlan(**config["plan"]),
+            Ledger.from_json(files["ledger.json"].decode()),
+            codec,
+            generator,
+            config["seed"],
+            config["executed"],
+            lineage,
+        )
+
+
+def asdict_plan(plan: PrivacyPlan) -> dict[str, Any]:
+    """A plan as plain values, ready for YAML."""
+    names = plan.__dataclass_fields__
+    return _plain({name: getattr(plan, name) for name in names})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,54 @@
+"""What every test may use: one thread a worker, a small Adult table, and the further tables."""
+
+from __future__ import annotations
+
+import os
+
+# Two workers on two cores: more threads each only get in one another's way. Before torch loads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+from dpsynth import datasets
+from dpsynth.data import Table
+
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+# A slow machine is no failure, and a failure that CI finds must be found again.
+settings.register_profile(
+    "dpsynth", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("dpsynth")
+
+
+@pytest.fixture(scope="session")
+def adult() -> Table:
+    """The first 2000 Adult rows, without `education-num`, the twin of `education`."""
+    table = datasets.load("adult")
+    names = [name for name in table.schema.names if name != "education-num"]
+    return table.take(np.arange(2000)).select(names)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A generator with a fixed seed, new for every test."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """`shared_data("bank.parquet")` is a path beside the checkout; without it the test skips."""
+
+    def find(name: str) -> Path:
+        path = SHARED_DATA / name
+        if not path.is_file():
+            pytest.skip(f"{name} is not among the tables beside this checkout")
+        return path
+
+    return find
