@@ -81,6 +81,8 @@ def _guarded(work: Callable[[], None], debug: bool) -> int:
             raise
         print(f"dpsynth: {_one_line(error)}", file=sys.stderr)
         return 3 if isinstance(error, RefusedError) else 2
+    except BrokenPipeError:  # the reader has seen enough, as in `dpsynth inspect RUN | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("dpsynth: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
@@ -256,19 +258,23 @@ def _train_one(cfg: DictConfig, folder: Path | None) -> None:
     split = split_of(cfg)
     work = out.with_name(f".{out.name}.work")
     logs = out.parent / "logs"
-    run_sweep(
-        [point],
-        split,
-        work,
-        data=cfg.data.name,
-        judging=judging_of(cfg),
-        console=console,
-        logger=lambda _: logger_of(cfg)(logs / out.name),
-        with_controls=False,
-    )
+    try:
+        run_sweep(
+            [point],
+            split,
+            work,
+            data=cfg.data.name,
+            judging=judging_of(cfg),
+            console=console,
+            logger=lambda _: logger_of(cfg)(logs / out.name),
+            with_controls=False,
+        )
+    except UsageError:  # nothing to go on from
+        shutil.rmtree(work, ignore_errors=True)
+        raise
     (work / "runs" / point.name).rename(out)
     shutil.rmtree(work)
-    console.print(f"run: {out}   page: {out / 'report.html'}")
+    console.print(f"run: {out}   page: {out / 'report.html'}", soft_wrap=True)
 
 
 def _sweep(arguments: list[str]) -> None:
@@ -302,7 +308,8 @@ def _draw(table: pd.DataFrame, sweep: Path, out: Path, x: str) -> None:
     deltas = sorted({float(d) for d in table["delta"] if d > 0})
     title = f"{sweep.name} · δ={', '.join(f'{d:g}' for d in deltas)} · one record, add/remove"
     write_frontier(table, out, title=title, x=x)
-    console.print(f"frontier: {out / 'frontier.png'}   interactive: {out / 'frontier.html'}")
+    shown = f"frontier: {out / 'frontier.png'}   interactive: {out / 'frontier.html'}"
+    console.print(shown, soft_wrap=True)
     console.print(f"runs, each with its report.html: {sweep / 'runs'}")
 
 

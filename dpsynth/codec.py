@@ -43,6 +43,20 @@ class Layout:
     levels: tuple[int, ...]
     target: int | None
 
+    @classmethod
+    def of(cls, schema: Schema, *, bins: int, heaps: int) -> Layout:
+        """The layout of every codec with these settings under `schema`; reads no rows."""
+        check_count("bins", bins, least=2)
+        check_count("heaps", heaps, least=0)
+        levels = []
+        for column in schema.columns:
+            count = len(column.levels)
+            if column.numeric:
+                count = min(Grid.of(column).cells, bins + heaps)
+            levels.append(count + int(column.nullable))
+        target = None if schema.target is None else schema.names.index(schema.target)
+        return cls(tuple(levels), target)
+
     @property
     def columns(self) -> int:
         """Number of columns D."""

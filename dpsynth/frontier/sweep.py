@@ -35,7 +35,7 @@ from dpsynth.randomness import FleetRng, derive, stream
 from dpsynth.release.card import card
 from dpsynth.release.page import overlays, page
 from dpsynth.training.callbacks import default_callbacks
-from dpsynth.training.fleet import FAMILIES, Recipe, Seat, train_fleet
+from dpsynth.training.fleet import FAMILIES, Recipe, Seat, check_seat, train_fleet
 from dpsynth.training.run import Run
 
 __all__ = ["Judging", "LoggerOf", "Point", "gather", "run_facts", "run_sweep"]
@@ -133,6 +133,8 @@ def run_sweep(
     names = [point.name for point in points]
     if len(set(names)) < len(names):
         raise UsageError("the grid holds the same point twice; list each value once")
+    for point in points:
+        check_seat(point.recipe, Seat(split.members, point.epsilon, point.seed))
     folder.mkdir(parents=True, exist_ok=True)
     _check_same_data(folder, split)
     bench = _bench(split, data, judging, console)
@@ -145,7 +147,7 @@ def run_sweep(
             for recipe, fleet in _fleets(points):
                 jobs += _train(recipe, fleet, bench, folder, submit, console, logger)
             for job in jobs:
-                console.print(f"  {job.result()}", highlight=False)
+                console.print(f"  {job.result()}", soft_wrap=True)
         finally:
             torch.set_num_threads(before)
     shutil.rmtree(folder / "fleets", ignore_errors=True)
@@ -226,7 +228,7 @@ def _train(
 
 
 def _bench(split: Split, data: str, judging: Judging, console: Console) -> _Bench:
-    console.print("measuring the floors: members against holdout, and real-on-real utility")
+    console.print("measuring floors: members against holdout, and trained on real rows")
     attacker, population = controls.halve(split.reference, stream(judging.seed, "halve"))
     floor = floors(
         split.members,

@@ -44,11 +44,12 @@ class Diffusion(Generator):
         layout: Layout,
         runs: int,
         *,
-        hidden: Sequence[int] = (192, 192),
+        hidden: Sequence[int] = (128, 128),
         draws: int = 4,
+        lr: float = 2e-3,
         **common: Any,
     ) -> None:
-        super().__init__(layout, runs, **common)
+        super().__init__(layout, runs, lr=lr, **common)
         check_count("draws", draws)
         self.draws = draws
         # Every column has one more input level: hidden.

@@ -38,6 +38,7 @@ class Gan(Generator):
     """
 
     family = "gan"
+    clip = 1.0
 
     def __init__(
         self,
@@ -53,9 +54,10 @@ class Gan(Generator):
         generator_lr: float = 2e-3,
         decay: float = 0.1,
         anchor: float = 10.0,
+        lr: float = 3e-3,
         **common: Any,
     ) -> None:
-        super().__init__(layout, runs, **common)
+        super().__init__(layout, runs, lr=lr, **common)
         counts = {"latent": latent, "fakes": fakes, "ladder": ladder, "public_batch": public_batch}
         for name, value in counts.items():
             check_count(name, value)

@@ -31,6 +31,7 @@ class Vae(Generator):
     """
 
     family = "vae"
+    clip = 8.0
 
     def __init__(
         self,
@@ -41,9 +42,10 @@ class Vae(Generator):
         latent: int = 16,
         draws: int = 2,
         beta: float = 1.0,
+        lr: float = 2e-3,
         **common: Any,
     ) -> None:
-        super().__init__(layout, runs, **common)
+        super().__init__(layout, runs, lr=lr, **common)
         check_count("latent", latent)
         check_count("draws", draws)
         check_positive("beta", beta)

@@ -43,7 +43,7 @@ class PrivacyPlan:
     batch: int = 1024
     steps: int = 500
     clip: float = 1.0
-    shares: Mapping[str, float] = field(default_factory=lambda: {"codec": 0.1, "marginals": 0.3})
+    shares: Mapping[str, float] = field(default_factory=dict)
     unit: str = "record"
     relation: str = "add_remove"
     sigma: float | None = None

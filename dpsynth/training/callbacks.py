@@ -92,7 +92,9 @@ class TrainingProgress(Callback):
             self._progress.update(self._task, completed=done, note=note)
         elif (tenth := done * 10 // max(1, pl_module.total)) != self._tenth:
             self._tenth = tenth
-            self.console.print(f"{self.title}: {done}/{pl_module.total} steps {note}", style=None)
+            self.console.print(
+                f"{self.title}: {done}/{pl_module.total} steps {note}", soft_wrap=True
+            )
 
     def _note(self, generator: Generator, done: int) -> str:
         elapsed = max(time.monotonic() - self._began, 1e-9)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
@@ -17,17 +18,20 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dpsynth.baselines.marginal import Independent, NaiveBayes
 from dpsynth.checks import UsageError, check_choice
-from dpsynth.codec import Codec
+from dpsynth.codec import Codec, Layout
 from dpsynth.data import Table
 from dpsynth.marginals import Marginals
 from dpsynth.models import Diffusion, Gan, Generator, Vae
 from dpsynth.privacy.batches import PoissonBatches
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.mechanisms import Measurer
-from dpsynth.privacy.plan import PrivacyPlan, gaussian_event, gaussian_mu
+from dpsynth.privacy.plan import PrivacyPlan
 from dpsynth.randomness import FleetRng, fresh_key, stream
 
-__all__ = ["FAMILIES", "Recipe", "Seat", "Trained", "build", "train_fleet"]
+__all__ = ["FAMILIES", "SHARES", "Recipe", "Seat", "Trained", "build", "check_seat", "train_fleet"]
+
+# Parts of the squared Gaussian budget; a noisy row count is only taken where none is declared.
+SHARES = {"rows": 0.01, "codec": 0.1, "marginals": 0.3}
 
 FAMILIES: dict[str, type[Generator]] = {
     family.family: family for family in (Vae, Gan, Diffusion, Independent, NaiveBayes)
@@ -101,14 +105,29 @@ class _Measured:
     marginals: Marginals
 
 
-def build(recipe: Recipe, codec: Codec, runs: int) -> Generator:
+def build(recipe: Recipe, layout: Layout, runs: int) -> Generator:
     """An untrained generator of the recipe's family; an unknown option is refused."""
     family = FAMILIES[recipe.model]
     try:
-        return family(codec.layout, runs, **dict(recipe.options))
+        return family(layout, runs, **dict(recipe.options))
     except TypeError as error:
         reason = str(error).split("__init__() ")[-1]
         raise UsageError(f"model={recipe.model}: {reason}") from error
+
+
+def check_seat(recipe: Recipe, seat: Seat) -> None:
+    """Refuse, before any work, what the training of this seat would refuse; reads no rows.
+
+    Raises:
+        UsageError: On settings that a plan, a codec, a family or the engine refuses.
+        RefusedError: On a finite ε under a schema with facts read off the data.
+    """
+    if math.isfinite(seat.epsilon):
+        seat.table.schema.check_public()
+    rows = seat.table.schema.expected_rows or len(seat.table)
+    _plan(recipe, seat, rows)
+    build(recipe, Layout.of(seat.table.schema, **_codec_settings(recipe)), 1)
+    _device(recipe)
 
 
 def train_fleet(
@@ -136,7 +155,7 @@ def train_fleet(
         raise UsageError("seats=0: a fleet needs at least one run")
     keys = _keys(seats, state)
     measured = [_measure(recipe, seat, key) for seat, key in zip(seats, keys, strict=True)]
-    generator = build(recipe, measured[0].codec, len(seats))
+    generator = build(recipe, measured[0].codec.layout, len(seats))
     rng = FleetRng(keys, device=_device(recipe))
     generator.reset(FleetRng(keys))
     generator.prepare([m.marginals for m in measured], [m.codec.used for m in measured])
@@ -153,27 +172,14 @@ def train_fleet(
 
 def _measure(recipe: Recipe, seat: Seat, key: int) -> _Measured:
     """Row count (if not declared), codec and marginals, each through a paid mechanism."""
-    if math.isfinite(seat.epsilon):
-        seat.table.schema.check_public()
-    settings = dict(recipe.privacy)
-    shares = dict(settings.pop("shares", {"codec": 0.1, "marginals": 0.3}))
-    codec_settings = {"bins": 32, "heaps": 16, **recipe.codec}
-    columns = Codec.measured_columns(seat.table.schema, **codec_settings)
-    if not columns:
-        shares["codec"] = 0.0
-    family = FAMILIES[recipe.model]
-    if not family.trained:
-        settings["steps"] = 0
-        shares["marginals"] = 1 - sum(v for k, v in shares.items() if k != "marginals")
-    settings["clip"] = settings.get("clip") or family.clip
-    delta = float(settings.pop("delta", 1e-5))
-    if not math.isfinite(seat.epsilon):
-        delta = min(delta, 0.5 / len(seat.table))
-    ledger = Ledger(delta)
-    rows = _public_rows(seat, delta, shares, ledger, key)
-    plan = PrivacyPlan(seat.epsilon, delta, rows, shares=shares, **settings).calibrate()
+    check_seat(recipe, seat)
+    rough = _plan(recipe, seat, len(seat.table))
+    ledger = rough.ledger()
+    rows = _public_rows(seat, rough, ledger, key)
+    plan = _plan(recipe, seat, rows).calibrate()
+    columns = Codec.measured_columns(seat.table.schema, **_codec_settings(recipe))
     measurer = Measurer(ledger, plan.mu("codec"), 2 * len(columns), stream(key, "codec"))
-    codec = Codec.fit(seat.table, measurer, rows=rows, **codec_settings)
+    codec = Codec.fit(seat.table, measurer, rows=rows, **_codec_settings(recipe))
     codes = codec.encode(seat.table)
     parts = Marginals.tables(codec.layout)
     measurer = Measurer(ledger, plan.mu("marginals"), parts, stream(key, "marginals"))
@@ -181,21 +187,40 @@ def _measure(recipe: Recipe, seat: Seat, key: int) -> _Measured:
     return _Measured(plan, ledger, codec, codes, marginals)
 
 
-def _public_rows(
-    seat: Seat, delta: float, shares: dict[str, float], ledger: Ledger, key: int
-) -> int:
+def _codec_settings(recipe: Recipe) -> dict[str, int]:
+    return {"bins": 32, "heaps": 16, **recipe.codec}
+
+
+def _plan(recipe: Recipe, seat: Seat, rows: int) -> PrivacyPlan:
+    """The seat's plan, not yet calibrated: shares that nothing would use go to what is left."""
+    family, schema = FAMILIES[recipe.model], seat.table.schema
+    settings = dict(recipe.privacy)
+    shares = {**SHARES, **settings.pop("shares", {})}
+    if schema.expected_rows is not None or not math.isfinite(seat.epsilon):
+        shares["rows"] = 0.0
+    elif shares["rows"] <= 0:
+        raise UsageError("privacy.shares.rows=0: declare expected_rows in the schema or pay for it")
+    if not Codec.measured_columns(schema, **_codec_settings(recipe)):
+        shares["codec"] = 0.0
+    if not family.trained:
+        settings["steps"] = 0
+        shares["marginals"] = 1 - shares["rows"] - shares["codec"]
+    settings["clip"] = settings.get("clip") or family.clip
+    settings.setdefault("delta", 1e-5)
+    if not math.isfinite(seat.epsilon):
+        settings["delta"] = min(settings["delta"], 0.5 / rows)
+    return PrivacyPlan(epsilon=seat.epsilon, rows=rows, shares=shares, **settings)
+
+
+def _public_rows(seat: Seat, plan: PrivacyPlan, ledger: Ledger, key: int) -> int:
     """The declared number of rows, or a noisy count that the ledger pays for."""
     declared = seat.table.schema.expected_rows
-    if declared is not None or not math.isfinite(seat.epsilon):
-        shares["rows"] = 0.0
-        return declared if declared is not None else len(seat.table)
-    share = shares.setdefault("rows", 0.01)
-    if share <= 0:
-        raise UsageError("privacy.shares.rows=0: declare expected_rows in the schema or pay for it")
-    mu = gaussian_mu(seat.epsilon, delta) * math.sqrt(share)
-    ledger.pay(gaussian_event("rows", mu))
-    noise = stream(key, "rows").standard_normal() / mu
-    return max(1, round(len(seat.table) + noise))
+    if declared is not None:
+        return declared
+    if not plan.private:
+        return len(seat.table)
+    noise = Measurer(ledger, plan.mu("rows"), 1, stream(key, "rows")).histograms("rows", 1)
+    return max(1, round(float(noise(np.array([float(len(seat.table))]))[0])))
 
 
 def _keys(seats: Sequence[Seat], state: Path | None) -> list[int]:
@@ -266,11 +291,8 @@ def _fit(
         trainer.fit(generator, loader, ckpt_path=resume, weights_only=True)
     except SystemExit:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from None
-    if int(generator.completed) != generator.total:
-        raise UsageError(
-            f"stopped after {int(generator.completed)} of {generator.total} steps; run the same "
-            "command again to go on"
-        )
+    if int(generator.completed) != generator.total:  # stopped from outside, e.g. by a signal
+        raise KeyboardInterrupt
 
 
 def _stack(codes: Sequence[Tensor]) -> Tensor:
@@ -282,7 +304,7 @@ def _stack(codes: Sequence[Tensor]) -> Tensor:
 
 def _single(recipe: Recipe, codec: Codec, fleet: Generator, run: int) -> Generator:
     """One run of the fleet as a fleet of one."""
-    generator = build(recipe, codec, 1)
+    generator = build(recipe, codec.layout, 1)
     state = {
         name: value if name == "completed" else value[run : run + 1].cpu().clone()
         for name, value in fleet.state_dict().items()

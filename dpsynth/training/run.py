@@ -149,7 +149,7 @@ class Run:
         recipe = Recipe(**config["recipe"])
         schema = Schema.from_json(files["schema.json"].decode())
         codec = Codec.from_dict(schema, json.loads(files["codec.json"]))
-        generator = build(recipe, codec, 1)
+        generator = build(recipe, codec.layout, 1)
         try:
             generator.load_state_dict(load_tensors(files["model.safetensors"]))
         except (RuntimeError, SafetensorError) as error:

@@ -1,0 +1,470 @@
+"""The private step: three engines against gradients taken one record at a time, and its noise."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import record_gradients, sum_clipped
+from scipy import stats
+from torch import Tensor, nn
+
+from dpsynth.checks import UsageError
+from dpsynth.codec import Layout
+from dpsynth.marginals import Marginals
+from dpsynth.models import Diffusion, Gan, Generator, Vae
+from dpsynth.networks import FleetLinear, Mlp
+from dpsynth.privacy.engine import ENGINES, FleetOptimizer, PrivateEngine, squared_norms
+from dpsynth.randomness import FleetRng
+
+LAYOUT = Layout((3, 4, 2, 5), target=2)
+RECORDS = 6
+FAMILIES: dict[str, Callable[[int], Generator]] = {
+    "vae": lambda runs: Vae(LAYOUT, runs, hidden=[8, 8], latent=3, draws=2),
+    "gan": lambda runs: Gan(LAYOUT, runs, hidden=[8, 8], latent=3, fakes=2),
+    "diffusion": lambda runs: Diffusion(LAYOUT, runs, hidden=[8, 8], draws=3),
+}
+MODES = list(ENGINES)
+
+
+def doubles(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def marginals(seed: int) -> Marginals:
+    rng = np.random.default_rng(seed)
+    prior = rng.dirichlet(np.ones(LAYOUT.groups))
+    rows = [
+        np.concatenate(
+            [
+                prior if j == LAYOUT.target else rng.dirichlet(np.ones(n))
+                for j, n in enumerate(LAYOUT.levels)
+            ]
+        )
+        for _ in range(LAYOUT.groups)
+    ]
+    return Marginals(torch.from_numpy(prior), torch.from_numpy(np.stack(rows)))
+
+
+def generator(family: str, runs: int) -> Generator:
+    """A fleet with weights that are nowhere zero, the same at each call."""
+    model = FAMILIES[family](runs).double()
+    keys = list(range(100, 100 + runs))
+    model.reset(FleetRng(keys, dtype=torch.float64))
+    model.prepare([marginals(run) for run in range(runs)], [torch.ones(LAYOUT.width) > 0] * runs)
+    rng = FleetRng(keys, dtype=torch.float64)
+    with torch.no_grad():
+        for number, parameter in enumerate(model.network.parameters()):
+            parameter += 0.3 * rng.at("jitter", number).normal(*parameter.shape[1:])
+    return model
+
+
+def codes(runs: int, seed: int = 0) -> Tensor:
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(0, LAYOUT.levels, (runs, RECORDS, LAYOUT.columns))
+    return torch.from_numpy(drawn)
+
+
+def draws(runs: int) -> FleetRng:
+    """The streams of one step, opened anew for each evaluation so that all see equal noise."""
+    return FleetRng(list(range(runs)), dtype=torch.float64).at("draws", 0)
+
+
+def clipped(
+    mode: str, network: nn.Module, losses: Callable[[], Tensor], bound: Tensor, counts: Tensor
+) -> list[Tensor]:
+    ENGINES[mode](network, bound).accumulate(losses, counts)
+    return [p.summed_grad for p in network.parameters()]  # type: ignore[attr-defined]
+
+
+def of_family(mode: str, family: str, rows: Tensor, bound: Tensor, counts: Tensor) -> list[Tensor]:
+    model = generator(family, len(rows))
+    losses = lambda: model.record_loss(rows, draws(len(rows)))  # noqa: E731
+    return clipped(mode, model.network, losses, bound, counts)
+
+
+def oracle(family: str, rows: Tensor) -> tuple[list[list[list[Tensor]]], np.ndarray]:
+    """Every record's gradient and its norm (runs, records)."""
+    model = generator(family, len(rows))
+    parameters = list(model.network.parameters())
+    found = record_gradients(lambda: model.record_loss(rows, draws(len(rows))), parameters)
+    norms = [[float(torch.cat([g.flatten() for g in row]).norm()) for row in r] for r in found]
+    return found, np.array(norms)
+
+
+def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
+    for left, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
+
+
+# Clipped sums
+
+
+@pytest.mark.parametrize("runs", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_engines_sum_what_one_record_at_a_time_gives(family: str, runs: int) -> None:
+    """With a bound a run that cuts some records and leaves others, and one record of padding."""
+    rows = codes(runs)
+    gradients, norms = oracle(family, rows)
+    bound = doubles([np.quantile(norms[r], 0.3 + 0.2 * r) for r in range(runs)])
+    assert ((norms > bound[:, None].numpy()).any(1) & (norms < bound[:, None].numpy()).any(1)).all()
+    counts = torch.ones(runs, RECORDS, dtype=torch.float64)
+    counts[-1, 2] = 0
+    expected = sum_clipped(gradients, bound.tolist(), counts)
+    assert all(total.abs().max() > 1e-3 for total in expected)
+    for mode in MODES:
+        assert_close(of_family(mode, family, rows, bound, counts), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_bound_gives_the_plain_sum(family: str, mode: str) -> None:
+    rows = codes(2)
+    gradients, _ = oracle(family, rows)
+    counts = torch.ones(2, RECORDS, dtype=torch.float64)
+    plain = [
+        torch.stack([torch.stack([row[place] for row in run]).sum(0) for run in gradients])
+        for place in range(len(gradients[0][0]))
+    ]
+    assert_close(of_family(mode, family, rows, doubles([math.inf] * 2), counts), plain)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_record_moves_its_own_run_by_its_bound_at_most(family: str, mode: str) -> None:
+    """The sensitivity that the accountant is told: adding record i moves the sum by C or less."""
+    bound, rows = doubles([0.05, 0.4]), codes(2)
+    counts = torch.ones(2, RECORDS, dtype=torch.float64)
+    whole = of_family(mode, family, rows, bound, counts)
+    for record in range(RECORDS):
+        fewer = counts.clone()
+        fewer[0, record] = 0
+        parts = of_family(mode, family, rows, bound, fewer)
+        moved = torch.cat([(a - b).flatten(1) for a, b in zip(whole, parts, strict=True)], dim=1)
+        norms = moved.norm(dim=1)
+        assert 0 < norms[0] <= 0.05 * (1 + 1e-12)
+        assert norms[1] == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_padding_holds_changes_nothing(family: str, mode: str) -> None:
+    rows, bound = codes(2), doubles([0.1, 2.0])
+    counts = torch.ones(2, RECORDS, dtype=torch.float64)
+    counts[0, 1] = counts[1, -2:] = 0
+    other = torch.where(counts[..., None] > 0, rows, codes(2, seed=9))
+    assert (other != rows).any()
+    found = of_family(mode, family, other, bound, counts)
+    assert_close(found, of_family(mode, family, rows, bound, counts))
+    nothing = of_family(mode, family, rows, bound, torch.zeros_like(counts))
+    assert all((total == 0).all() for total in nothing)
+
+
+def plain_network(runs: int = 2) -> Mlp:
+    network = Mlp(runs, [4, 5, 3]).double()
+    network.reset(FleetRng(list(range(runs)), dtype=torch.float64), "plain", zero=False)
+    return network
+
+
+def inputs(runs: int = 2, records: int = 7) -> Tensor:
+    return FleetRng(list(range(runs)), dtype=torch.float64).at("inputs").normal(records, 4)
+
+
+def poisoned(kind: str, network: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """Loss whose record (0, 2) has a gradient that is not finite."""
+    x, weight = x.clone(), torch.ones(x.shape[:2], dtype=x.dtype)
+    if kind in ("nan", "inf"):
+        x[0, 2, 1] = math.nan if kind == "nan" else math.inf
+    elif kind == "overflow":  # finite itself, with a square that is not
+        x[0, 2] = 1e200
+    elif kind in ("nan loss", "inf loss"):
+        weight[0, 2] = math.nan if kind == "nan loss" else math.inf
+    losses = lambda: network(x).square().sum(-1) * weight  # noqa: E731
+    if kind != "slope":
+        return losses
+    cliff = torch.zeros_like(weight)
+    cliff[0, 2] = 1
+
+    def steep() -> Tensor:
+        """A finite loss with an infinite slope: √t at t = 0."""
+        out = network(x)
+        zero = (out.sum(-1) - out.sum(-1).detach()).abs() + 1 - cliff
+        return out.square().sum(-1) + zero.sqrt()
+
+    return steep
+
+
+@pytest.mark.parametrize("bound", [0.7, math.inf])
+@pytest.mark.parametrize("kind", ["nan", "inf", "overflow", "nan loss", "inf loss", "slope"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_gradient_that_is_not_finite_counts_nothing(mode: str, kind: str, bound: float) -> None:
+    x, counts = inputs(), torch.ones(2, 7, dtype=torch.float64)
+    counts[0, 2] = 0
+    bounds = doubles([bound, bound])
+    network = plain_network()
+    gradients = record_gradients(
+        lambda: network(x).square().sum(-1), list(network.parameters())
+    )
+    expected = sum_clipped(gradients, bounds.tolist(), counts)
+    network = plain_network()
+    broken = poisoned(kind, network, x)
+    found = clipped(mode, network, broken, bounds, torch.ones(2, 7, dtype=torch.float64))
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pieces_of_a_batch_add_up(mode: str) -> None:
+    x, bound = inputs(), doubles([0.5, 1.5])
+    counts = torch.ones(2, 7, dtype=torch.float64)
+    network = plain_network()
+    whole = clipped(mode, network, lambda: network(x).square().sum(-1), bound, counts)
+    network = plain_network()
+    engine = ENGINES[mode](network, bound)
+    for part in (slice(0, 3), slice(3, 7)):
+        losses = lambda p=part: network(x[:, p]).square().sum(-1)  # noqa: E731
+        returned = engine.accumulate(losses, counts[:, part])
+        assert not returned.requires_grad
+        torch.testing.assert_close(returned, losses().detach())
+    assert_close([p.summed_grad for p in network.parameters()], whole)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_runs_do_not_feel_one_another(mode: str) -> None:
+    x, counts = inputs(3), torch.ones(3, 7, dtype=torch.float64)
+    network = plain_network(3)
+    losses = lambda: network(x).square().sum(-1)  # noqa: E731
+    first = clipped(mode, network, losses, doubles([0.5, 1.0, 2.0]), counts)
+    network, x = plain_network(3), x.clone()
+    x[1] = x[1] * 100
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter[1] += 1
+    other = clipped(
+        mode, network, lambda: network(x).square().sum(-1), doubles([0.5, 7.0, 2.0]), counts
+    )
+    for left, right in zip(first, other, strict=True):
+        torch.testing.assert_close(left[[0, 2]], right[[0, 2]], rtol=1e-12, atol=1e-12)
+        assert (left[1] != right[1]).any()
+
+
+def shared_layer() -> tuple[nn.Sequential, Callable[[], Tensor]]:
+    """One layer used twice, the second time on what the first gave and with a draws axis."""
+    network = nn.Sequential(FleetLinear(2, 4, 4)).double()
+    network[0].reset(FleetRng([5, 6], dtype=torch.float64).at("shared"))  # type: ignore[operator]
+    x = inputs()
+    noise = FleetRng([5, 6], dtype=torch.float64).at("noise").normal(7, 3, 4)
+
+    def losses() -> Tensor:
+        once = network(x).tanh()
+        again = network(once[:, :, None] + noise)
+        return once.square().sum(-1) + again.square().sum(-1).mean(-1)
+
+    return network, losses
+
+
+@pytest.mark.parametrize("mode", ["taps", "opacus_hooks"])
+def test_a_layer_used_twice_is_clipped_as_one(mode: str) -> None:
+    network, losses = shared_layer()
+    gradients = record_gradients(losses, list(network.parameters()))
+    counts = torch.ones(2, 7, dtype=torch.float64)
+    for bound in ([1.0, 2.5], [math.inf, 1e-3]):
+        network, losses = shared_layer()
+        found = clipped(mode, network, losses, doubles(bound), counts)
+        assert_close(found, sum_clipped(gradients, bound, counts))
+
+
+def test_ghost_norms_refuse_a_layer_used_twice() -> None:
+    network, losses = shared_layer()
+    with pytest.raises(NotImplementedError, match="tying"):
+        clipped("opacus_ghost", network, losses, doubles([1.0, 1.0]), torch.ones(2, 7))
+
+
+@settings(max_examples=30)
+@given(st.tuples(*(st.integers(1, 4) for _ in range(5))), st.integers(0, 2**32 - 1), st.booleans())
+def test_squared_norms_are_those_of_the_gradients_written_out(
+    shape: tuple[int, ...], seed: int, zeros: bool
+) -> None:
+    runs, records, many, inside, outside = shape
+    rng = np.random.default_rng(seed)
+    a = torch.from_numpy(rng.normal(size=(runs, records, many, inside)) * (0 if zeros else 1))
+    b = torch.from_numpy(rng.normal(size=(runs, records, many, outside)))
+    weight, bias = torch.einsum("rbki,rbko->rbio", a, b), b.sum(2)
+    expected = weight.square().sum((-1, -2)) + bias.square().sum(-1)
+    torch.testing.assert_close(squared_norms(a, b), expected, rtol=1e-10, atol=1e-10)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_layer_without_a_known_norm_is_refused(mode: str) -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+    for network in (nn.Sequential(FleetLinear(1, 2, 2), nn.LayerNorm(2)), Bare()):
+        with pytest.raises(UsageError, match="no per-record norm is known"):
+            ENGINES[mode](network, torch.ones(1))
+
+
+def engine_of(runs: int = 1, **settings: Any) -> PrivateEngine:
+    network = plain_network(runs)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    chosen = {"sigma": [1.0] * runs, "bound": [1.0] * runs, "batch": [4.0] * runs, **settings}
+    return PrivateEngine(network, optimizer, **chosen)
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"mode": "loops"}, "engine=loops"),
+        ({"sigma": [1.0], "bound": [math.inf]}, "finite clipping bound"),
+        ({"sigma": [0.0], "bound": [1.0]}, "not private"),
+        ({"sigma": [-1.0]}, "sigma=-1.0"),
+        ({"sigma": [math.nan]}, "sigma=nan"),
+        ({"sigma": [math.inf]}, "sigma=inf"),
+        ({"bound": [0.0]}, "clip=0.0"),
+        ({"bound": [-1.0]}, "clip=-1.0"),
+        ({"bound": [math.nan]}, "clip=nan"),
+        ({"sigma": [0.0], "bound": [math.nan]}, "clip=nan"),
+        ({"batch": [0.0]}, "batch=0.0"),
+        ({"batch": [math.nan]}, "batch=nan"),
+    ],
+)
+def test_refuses_noise_and_bounds_that_do_not_go_together(
+    settings: dict[str, Any], part: str
+) -> None:
+    with pytest.raises(UsageError, match=part):
+        engine_of(**settings)
+
+
+def test_every_run_needs_its_own_settings() -> None:
+    for settings in ({"sigma": [1.0]}, {"bound": [1.0]}, {"batch": [4.0]}):
+        with pytest.raises(ValueError):
+            engine_of(2, **settings)
+
+
+# Noise
+
+WIDE = 250
+
+
+def wide_optimizer(runs: int, sigma: list[float], bound: list[float], batch: list[float]):
+    """A layer with 62 500 weights a run, and the optimizer that releases its sums."""
+    layer = FleetLinear(runs, WIDE, WIDE).double()
+    start = torch.optim.SGD(layer.parameters(), lr=1.0)
+    noisy = FleetOptimizer(start, sigma=doubles(sigma), bound=doubles(bound), batch=doubles(batch))
+    return layer, noisy
+
+
+def moved(runs: int, sigma: list[float], bound: list[float], batch: list[float], step: int = 0):
+    """What one step with an empty batch moves (runs, weights and biases)."""
+    layer, noisy = wide_optimizer(runs, sigma, bound, batch)
+    noisy.release(FleetRng(list(range(40, 40 + runs)), dtype=torch.float64), step)
+    return torch.cat([p.detach().flatten(1) for p in (layer.weight, layer.bias)], dim=1).numpy()
+
+
+def test_noise_has_the_scale_of_the_plan_and_no_other() -> None:
+    """N(0, (σC/batch)²) for each run; two thirds of it and half as much again are told apart."""
+    sigma, bound, batch = [0.8, 1.5, 4.0], [1.0, 0.3, 2.0], [64.0, 10.0, 500.0]
+    for run, drawn in enumerate(moved(3, sigma, bound, batch)):
+        scale = sigma[run] * bound[run] / batch[run]
+        assert stats.kstest(drawn, stats.norm(0, scale).cdf).pvalue > 1e-3
+        for wrong in (2 / 3, 3 / 2):
+            assert stats.kstest(drawn, stats.norm(0, wrong * scale).cdf).pvalue < 1e-12
+        assert abs(drawn.mean()) < 4 * scale / math.sqrt(drawn.size)
+
+
+def test_noise_is_never_used_twice() -> None:
+    """Other steps, other runs and other parameters draw other numbers; each pair correlates by
+    chance only."""
+    settings = ([1.0, 1.0], [1.0, 1.0], [1.0, 1.0])
+    drawn = [*moved(2, *settings, step=0), *moved(2, *settings, step=1)]
+    pieces = [part for d in drawn for part in (d[:20_000], d[20_000:40_000], d[40_000:60_000])]
+    pieces += [d[-WIDE:] for d in drawn]
+    for i, left in enumerate(pieces):
+        for right in pieces[:i]:
+            if left.size == right.size:
+                assert abs(np.corrcoef(left, right)[0, 1]) < 4.5 / math.sqrt(left.size)
+
+
+def test_the_same_step_draws_the_same_noise() -> None:
+    settings = ([1.0], [1.0], [1.0])
+    np.testing.assert_array_equal(moved(1, *settings), moved(1, *settings))
+
+
+def test_noise_is_added_to_the_sum_and_divided_with_it() -> None:
+    layer, noisy = wide_optimizer(1, [2.0], [0.5], [8.0])
+    total = FleetRng([3], dtype=torch.float64).at("sum").normal(WIDE, WIDE)
+    layer.weight.summed_grad = total  # type: ignore[attr-defined]
+    noisy.release(FleetRng([40], dtype=torch.float64), 0)
+    with_sum = layer.weight.detach().clone()
+    without = moved(1, [2.0], [0.5], [8.0])[:, : WIDE**2].reshape(1, WIDE, WIDE)
+    torch.testing.assert_close(with_sum, torch.from_numpy(without) - total / 8, rtol=0, atol=1e-12)
+
+
+def test_without_noise_and_bound_a_step_is_the_mean_gradient() -> None:
+    x, counts = inputs(), torch.ones(2, 7, dtype=torch.float64)
+    counts[1, 5:] = 0
+    network = plain_network()
+    start = [p.detach().clone() for p in network.parameters()]
+    loss = (network(x).square().sum(-1) * counts).sum()
+    gradients = torch.autograd.grad(loss, list(network.parameters()))
+    engine = PrivateEngine(
+        network,
+        torch.optim.SGD(network.parameters(), lr=1.0),
+        sigma=[0.0, 0.0],
+        bound=[math.inf, math.inf],
+        batch=[7.0, 4.0],
+    )
+    engine.accumulate(lambda: network(x).square().sum(-1), counts)
+    engine.step(FleetRng([0, 1], dtype=torch.float64), 0)
+    for parameter, before, gradient in zip(network.parameters(), start, gradients, strict=True):
+        mean = gradient / doubles([7.0, 4.0]).view(2, *(1,) * (gradient.dim() - 1))
+        torch.testing.assert_close(before - parameter, mean, rtol=1e-12, atol=1e-12)
+        assert parameter.grad is None
+
+
+def test_a_run_without_privacy_gets_no_noise_beside_one_with() -> None:
+    drawn = moved(2, [0.0, 1.0], [math.inf, 1.0], [1.0, 1.0])
+    assert (drawn[0] == 0).all()
+    assert (drawn[1] != 0).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_empty_batch_is_a_step_of_noise_alone(mode: str) -> None:
+    """With a batch in which nothing counts, and with no batch at all: the same step."""
+    ends = []
+    for records in (5, 0):
+        engine = engine_of(mode=mode)
+        network = engine.clipper.network
+        before = torch.cat([p.detach().flatten() for p in network.parameters()])
+        if records:
+            x = inputs(1, records)
+            engine.accumulate(
+                lambda n=network, x=x: n(x).square().sum(-1),
+                torch.zeros(1, records, dtype=torch.float64),
+            )
+        engine.step(FleetRng([9], dtype=torch.float64), 0)
+        ends.append(torch.cat([p.detach().flatten() for p in network.parameters()]) - before)
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
+    assert (ends[0] != 0).all()
+    assert stats.kstest(ends[0].numpy(), stats.norm(0, 1 / 4).cdf).pvalue > 1e-3
+
+
+def test_sums_are_cleared_after_each_step() -> None:
+    """A second step holds nothing of the first one's rows."""
+    engine = engine_of(sigma=[0.0], bound=[math.inf])
+    network = engine.clipper.network
+    rng = FleetRng([9], dtype=torch.float64)
+    engine.accumulate(lambda: network(inputs(1)).square().sum(-1), torch.ones(1, 7).double())
+    engine.step(rng, 0)
+    after = [p.detach().clone() for p in network.parameters()]
+    engine.step(rng, 1)
+    for parameter, held in zip(network.parameters(), after, strict=True):
+        assert (parameter == held).all()
