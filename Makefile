@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/dpsynth demo
+	$(BIN)/dpsynth sweep +experiment=demo
 
 test: $(INSTALLED)
 	$(BIN)/ruff check

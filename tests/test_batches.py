@@ -91,14 +91,13 @@ def test_a_tiny_buffer_draws_the_same_batch(
         assert batch.size == 0 or (0 <= batch[0] and batch[-1] < rows[run])
 
 
-def test_a_batch_far_above_its_expectation_is_not_cut() -> None:
-    """The buffer is sized for the mean and four deviations; the largest of many goes beyond it."""
-    batches = PoissonBatches([400], [0.02], piece=1024)
-    sizes = [drawn([400], [0.02], [1], step)[0].size for step in range(3000)]
-    assert max(sizes) > 0.02 * 400 + 3 * math.sqrt(8)
-    tail = np.mean([size > 16 for size in sizes])
-    assert stats.binomtest(round(tail * 3000), 3000, stats.binom(400, 0.02).sf(16)).pvalue > LEAST
-    assert batches.capacity < 400
+def test_a_batch_longer_than_the_buffer_is_not_cut() -> None:
+    """With room for four records the long batches come as often as the binomial law says."""
+    assert PoissonBatches([400], [0.02], piece=4).capacity == 4
+    sizes = np.array([drawn([400], [0.02], [1], step, piece=4)[0].size for step in range(2000)])
+    for bar in (4, 8, 12, 16):
+        law = stats.binom(400, 0.02).sf(bar)
+        assert stats.binomtest(int((sizes > bar).sum()), 2000, law).pvalue > LEAST
     assert drawn([400], [0.9], [1], 0, piece=7)[0].size > 300
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -80,7 +79,7 @@ class Point:
     @property
     def name(self) -> str:
         """Folder name: readable, and different for different settings."""
-        text = json.dumps([_plain(asdict(self.recipe)), self.epsilon, self.seed], sort_keys=True)
+        text = f"{self.recipe.digest()}/{self.epsilon!r}/{self.seed}"
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         seed = "entropy" if self.seed is None else str(self.seed)
         return f"{self.recipe.model}-eps{self.epsilon:g}-seed{seed}-{digest}"
@@ -449,9 +448,3 @@ def _check_same_data(folder: Path, split: Split) -> None:
     if mark.is_file() and mark.read_text() != digest:
         raise UsageError(f"sweep {str(folder)!r}: was begun with other rows; choose another folder")
     mark.write_text(digest)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

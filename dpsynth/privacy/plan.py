@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Any
 
 from scipy.optimize import brentq
 from scipy.stats import norm
@@ -125,6 +126,11 @@ class PrivacyPlan:
             self.epsilon, self.delta, self.q, self.steps, tuple(e.sigma for e in self.measured())
         )
         return replace(self, sigma=sigma)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `PrivacyPlan(**…)` is the inverse."""
+        named = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {**named, "shares": dict(self.shares)}
 
     def ledger(self) -> Ledger:
         """An empty ledger for this plan."""

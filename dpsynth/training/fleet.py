@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,20 @@ from dpsynth.models import Diffusion, Gan, Generator, Vae
 from dpsynth.privacy.batches import PoissonBatches
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.mechanisms import Measurer
-from dpsynth.privacy.plan import PrivacyPlan
-from dpsynth.randomness import FleetRng, fresh_key, stream
+from dpsynth.privacy.plan import NoPrivacy, PrivacyPlan
+from dpsynth.randomness import FleetRng, derive, fresh_key, stream
 
-__all__ = ["FAMILIES", "SHARES", "Recipe", "Seat", "Trained", "build", "check_seat", "train_fleet"]
+__all__ = [
+    "FAMILIES",
+    "SHARES",
+    "Recipe",
+    "Seat",
+    "Trained",
+    "build",
+    "check_seat",
+    "plain",
+    "train_fleet",
+]
 
 # Parts of the squared Gaussian budget; a noisy row count is only taken where none is declared.
 SHARES = {"rows": 0.01, "codec": 0.1, "marginals": 0.3}
@@ -63,6 +75,15 @@ class Recipe:
     def __post_init__(self) -> None:
         check_choice("model", self.model, FAMILIES)
         check_choice("device", self.device, ("auto", "cpu", "cuda"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for YAML or JSON; `Recipe(**…)` is the inverse."""
+        return plain(asdict(self))
+
+    def digest(self) -> str:
+        """The same for equal settings."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +174,7 @@ def train_fleet(
     """
     if not seats:
         raise UsageError("seats=0: a fleet needs at least one run")
-    keys = _keys(seats, state)
+    keys = _keys(recipe, seats, state)
     measured = [_measure(recipe, seat, key) for seat, key in zip(seats, keys, strict=True)]
     generator = build(recipe, measured[0].codec.layout, len(seats))
     rng = FleetRng(keys, device=_device(recipe))
@@ -207,9 +228,16 @@ def _plan(recipe: Recipe, seat: Seat, rows: int) -> PrivacyPlan:
         shares["marginals"] = 1 - shares["rows"] - shares["codec"]
     settings["clip"] = settings.get("clip") or family.clip
     settings.setdefault("delta", 1e-5)
-    if not math.isfinite(seat.epsilon):
-        settings["delta"] = min(settings["delta"], 0.5 / rows)
+    if math.isinf(seat.epsilon):
+        return NoPrivacy(rows, shares=shares, **settings)
     return PrivacyPlan(epsilon=seat.epsilon, rows=rows, shares=shares, **settings)
+
+
+def plain(value: Any) -> Any:
+    """Mappings and sequences as dicts and lists, all the way down."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _public_rows(seat: Seat, plan: PrivacyPlan, ledger: Ledger, key: int) -> int:
@@ -223,20 +251,33 @@ def _public_rows(seat: Seat, plan: PrivacyPlan, ledger: Ledger, key: int) -> int
     return max(1, round(float(noise(np.array([float(len(seat.table))]))[0])))
 
 
-def _keys(seats: Sequence[Seat], state: Path | None) -> list[int]:
-    """One 128-bit key a seat: from its seed, or from entropy kept in `state` until it is done."""
+def _keys(recipe: Recipe, seats: Sequence[Seat], state: Path | None) -> list[int]:
+    """One 128-bit key a seat: from its seed, or from entropy kept in `state` until it is done.
+
+    A seed gives every recipe and ε noise of its own: two runs that shared a draw at different
+    scales would cancel it for whoever sees both.
+    """
     held = None if state is None else state / "keys"
     if held is not None and held.is_file():
         keys = [int(line) for line in held.read_text().split()]
         if len(keys) != len(seats):
             raise UsageError(f"state {str(state)!r}: belongs to another fleet; remove it")
         return keys
-    keys = [fresh_key() if seat.seed is None else seat.seed for seat in seats]
+    keys = [
+        fresh_key() if seat.seed is None else derive(seat.seed, _purpose(recipe, seat))
+        for seat in seats
+    ]
     if held is not None:
         held.parent.mkdir(parents=True, exist_ok=True)
         held.touch(mode=0o600)
         held.write_text("\n".join(map(str, keys)))
     return keys
+
+
+def _purpose(recipe: Recipe, seat: Seat) -> str:
+    # Engine and device say how a step is computed, not what: the same draws give the same run.
+    same = replace(recipe, engine="taps", device="auto")
+    return f"{same.digest()}/{seat.epsilon!r}/{seat.role}"
 
 
 def _device(recipe: Recipe) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -115,10 +115,9 @@ class Run:
         write_folder(Path(folder), {**self._files(), **(extra or {})}, self.lineage)
 
     def _files(self) -> dict[str, bytes]:
-        plan = asdict_plan(self.plan)
         config = {
-            "recipe": _plain(asdict(self.recipe)),
-            "plan": plan,
+            "recipe": self.recipe.to_dict(),
+            "plan": self.plan.to_dict(),
             "seed": self.seed,
             "executed": self.executed,
         }
@@ -167,17 +166,3 @@ class Run:
             config["executed"],
             lineage,
         )
-
-
-def asdict_plan(plan: PrivacyPlan) -> dict[str, Any]:
-    """A plan as plain values, ready for YAML."""
-    names = plan.__dataclass_fields__
-    return _plain({name: getattr(plan, name) for name in names})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return value
