@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from rich.console import Console
 
 from dpsynth import evaluation
 from dpsynth.checks import UsageError
 from dpsynth.data import Table, read_frame
 from dpsynth.evaluation import Report
 from dpsynth.schema import Schema
+from dpsynth.training.callbacks import default_callbacks
 from dpsynth.training.fleet import Recipe, Seat, train_fleet
 from dpsynth.training.run import Run
 
@@ -29,6 +31,7 @@ def fit(
     model: str = "diffusion",
     seed: int | None = None,
     options: Mapping[str, Any] | None = None,
+    progress: bool = True,
     **privacy: Any,
 ) -> Run:
     """Train one generator.
@@ -42,10 +45,13 @@ def fit(
         model: `vae`, `gan`, `diffusion`, `naive_bayes` or `independent`.
         seed: Fixed seed; leave it out for anything that is to be released.
         options: Settings of the family.
+        progress: Whether to show steps, ε spent and time left on standard error.
         **privacy: Settings of `PrivacyPlan`: batch, steps, clip, shares.
     """
     recipe = Recipe(model, options or {}, {"delta": delta, **privacy})
-    (trained,) = train_fleet(recipe, [Seat(_table(data, schema), epsilon, seed)])
+    callbacks = default_callbacks(model, None, Console(stderr=True)) if progress else ()
+    seat = Seat(_table(data, schema), epsilon, seed)
+    (trained,) = train_fleet(recipe, [seat], callbacks=callbacks)
     return Run.of(trained, data="in memory")
 
 

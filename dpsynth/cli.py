@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import logging
 import os
 import shutil
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -66,9 +64,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    # Lightning's own call into torch, nothing that a user or we could change.
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     sys.exit(_guarded(lambda: _dispatch(arguments), debug))
 
 

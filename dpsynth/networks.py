@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dpsynth.randomness import FleetRng
 
-__all__ = ["FleetLinear", "Mlp", "column_log_likelihood", "run_state", "sample_columns"]
+__all__ = ["FleetLinear", "Mlp", "column_log_likelihood", "sample_columns"]
 
 
 class FleetLinear(nn.Module):
@@ -91,11 +91,14 @@ def column_log_likelihood(logits: Tensor, codes: Tensor, levels: Sequence[int]) 
 
 
 def sample_columns(logits: Tensor, levels: Sequence[int], rng: FleetRng) -> Tensor:
-    """One level a column by the Gumbel-max rule: (runs, ..., W) -> codes (runs, ..., D)."""
-    noisy = logits + rng.gumbel(*logits.shape[1:])
-    return torch.stack([block.argmax(-1) for block in noisy.split(list(levels), dim=-1)], dim=-1)
+    """One level a column by inverting its distribution: (runs, ..., W) -> codes (runs, ..., D).
 
-
-def run_state(module: nn.Module, run: int) -> dict[str, Tensor]:
-    """State of one run of a fleet, its runs axis kept at length 1."""
-    return {k: v[run : run + 1].clone().contiguous() for k, v in module.state_dict().items()}
+    A level of probability 0 is never drawn.
+    """
+    # Below 1 by more than rounding, so that the inverse stays on a level that has mass.
+    draws = rng.uniform(*logits.shape[1:-1], len(levels)).clamp(max=1 - 1e-6)
+    codes = []
+    for j, block in enumerate(logits.split(list(levels), dim=-1)):
+        mass = (block - block.amax(-1, keepdim=True)).exp().cumsum(-1)
+        codes.append((mass <= draws[..., j : j + 1] * mass[..., -1:]).sum(-1))
+    return torch.stack(codes, dim=-1)

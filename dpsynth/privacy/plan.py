@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -186,13 +186,10 @@ def _calibrate(
     while low == high or excess(low, _COARSE) <= 0:
         low -= math.log(1.5)
     near = brentq(excess, low, high, args=(_COARSE,), xtol=1e-3)
-    # The fine grid rounds less, so the root may move down a little; then step up until it holds.
-    edges = (near - 0.03, near + 0.003)
-    root = brentq(excess, *edges, args=(_FINE,), xtol=2e-5) if _crosses(excess, edges) else edges[1]
+    # The fine grid rounds less, so the root moves down a little: one Newton step there, with the
+    # slope of the coarse grid, then up until it holds.
+    slope = (excess(near + 0.01, _COARSE) - excess(near - 0.01, _COARSE)) / 0.02
+    root = near - excess(near, _FINE) / slope + 2e-5
     while excess(root, _FINE) > 0:
-        root += 2e-5
+        root += 1e-4
     return math.exp(root)
-
-
-def _crosses(excess: Callable[[float, float], float], edges: tuple[float, float]) -> bool:
-    return excess(edges[0], _FINE) > 0 >= excess(edges[1], _FINE)

@@ -16,7 +16,7 @@ from dpsynth.models.base import Generator
 from dpsynth.privacy.ledger import compose_epsilon
 from dpsynth.privacy.plan import PrivacyPlan
 
-__all__ = ["LastCheckpoint", "SpentEpsilon", "TrainingProgress", "spent"]
+__all__ = ["LastCheckpoint", "SpentEpsilon", "TrainingProgress", "default_callbacks", "spent"]
 
 
 def spent(plan: PrivacyPlan, steps: int) -> float:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -314,26 +317,43 @@ def _fit(
     batches = PoissonBatches(sizes, [plan.q for plan in plans], piece=recipe.piece)
     generator.bind(_stack([m.codes for m in measured]), batches, plans, rng, engine=recipe.engine)
     device = _device(recipe)
-    trainer = lightning.Trainer(
-        accelerator="gpu" if device == "cuda" else "cpu",
-        devices=1,
-        max_epochs=1,
-        logger=list(logger) if isinstance(logger, Sequence) else logger,
-        callbacks=list(callbacks),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-    )
+    with _quiet():
+        trainer = lightning.Trainer(
+            accelerator="gpu" if device == "cuda" else "cpu",
+            devices=1,
+            max_epochs=1,
+            logger=list(logger) if isinstance(logger, Sequence) else logger,
+            callbacks=list(callbacks),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+        )
     last = None if state is None else state / "last.ckpt"
     resume = str(last) if last is not None and last.is_file() else None
     loader = DataLoader(_Blocks(generator), batch_size=None)
     try:
-        trainer.fit(generator, loader, ckpt_path=resume, weights_only=True)
+        with _quiet():
+            trainer.fit(generator, loader, ckpt_path=resume, weights_only=True)
     except SystemExit:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from None
     if int(generator.completed) != generator.total:  # stopped from outside, e.g. by a signal
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's remarks on devices and products; its warnings are kept."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            # Lightning's own call into torch, nothing that a user or we could change.
+            warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _stack(codes: Sequence[Tensor]) -> Tensor:

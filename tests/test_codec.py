@@ -1,0 +1,569 @@
+"""Codec and marginals: round trips, what may depend on rows and what may not, known answers."""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import by_bisection
+from scipy import stats
+
+from dpsynth.checks import UsageError
+from dpsynth.codec import Codec, Layout
+from dpsynth.data import Table
+from dpsynth.marginals import Marginals, _onto_simplex
+from dpsynth.privacy.ledger import Ledger
+from dpsynth.privacy.mechanisms import Measurer
+from dpsynth.schema import Column, Schema
+
+BINS, HEAPS = 8, 4
+FREE = math.inf
+
+
+def measurer(mu: float = FREE, parts: int = 20, seed: int = 0, ledger: Ledger | None = None):
+    return Measurer(ledger or Ledger(1e-5), mu, parts, np.random.default_rng(seed))
+
+
+def fit(table: Table, mu: float = FREE, *, seed: int = 0, bins: int = BINS, heaps: int = HEAPS):
+    """A codec whose parts are all paid for."""
+    parts = 2 * len(Codec.measured_columns(table.schema, bins, heaps))
+    return Codec.fit(table, measurer(mu, parts, seed), rows=len(table), bins=bins, heaps=heaps)
+
+
+def filled(column: Column, values: Sequence[Any] | np.ndarray) -> Table:
+    frame = pd.DataFrame({column.name: values})
+    return Table.from_frame(frame, Schema((column,)), strict=False)
+
+
+# Columns of every kind
+
+DIRECT = Column("direct", "integer", lower=-3, upper=5)
+COUNT = Column("count", "integer", lower=-500, upper=9_000, nullable=True)
+LONG = Column("long", "integer", lower=0, upper=5_000_000)
+PRICE = Column("price", "decimal", lower=-20.0, upper=1000.0, step=0.05)
+CENTS = Column("cents", "decimal", lower=0.0, upper=90_000.0, step=0.01, nullable=True)
+RATIO = Column("ratio", "decimal", lower=-1.5, upper=4.5, nullable=True)
+VAST = Column("vast", "decimal", lower=-1e300, upper=1e300)
+HUGE = Column("huge", "integer", lower=-(2**53), upper=2**53)
+KIND = Column("kind", "categorical", ("a", "b", "c"), nullable=True)
+SIZE = Column("size", "categorical", ("s", "m", "l"), ordered=True)
+COLUMNS = {c.name: c for c in (DIRECT, COUNT, LONG, PRICE, CENTS, RATIO, VAST, HUGE, KIND, SIZE)}
+
+
+@st.composite
+def numeric_columns(draw: st.DrawFn) -> Column:
+    nullable = draw(st.booleans())
+    if draw(st.booleans()):
+        lower = draw(st.integers(-(10**6), 10**6))
+        width = draw(st.integers(1, 60) | st.integers(100, 10**4) | st.integers(3 * 10**6, 10**9))
+        return Column("x", "integer", lower=lower, upper=lower + width, nullable=nullable)
+    lower = draw(st.floats(-1e6, 1e6))
+    if draw(st.booleans()):
+        width = draw(st.floats(1e-2, 1e9))
+        return Column("x", "decimal", lower=lower, upper=lower + width, nullable=nullable)
+    step = draw(st.sampled_from([0.01, 0.05, 0.1, 0.25, 1.0, 2.5]))
+    steps = draw(st.integers(1, 5000) | st.integers(3 * 10**6, 10**8))
+    # A multiple of the step, so that no bound is off the grid that it declares.
+    lower = step * round(lower / step)
+    upper = lower + steps * step
+    return Column("x", "decimal", lower=lower, upper=upper, step=step, nullable=nullable)
+
+
+def values_of(column: Column, rows: int, rng: np.random.Generator) -> np.ndarray:
+    """Values inside the declared domain: a broad part, spikes, both bounds, and gaps."""
+    if not column.numeric:
+        choices = np.array([*column.levels, None] if column.nullable else column.levels, object)
+        return choices[rng.integers(len(choices), size=rows)]
+    assert column.lower is not None and column.upper is not None
+    broad = rng.beta(0.5, 4, rows)
+    spikes = rng.random(3)[rng.integers(3, size=rows)]
+    unit = np.where(rng.random(rows) < 0.4, spikes, broad)
+    unit[:2] = 0, 1
+    values = column.lower * (1 - unit) + column.upper * unit
+    if column.step is not None:
+        values = column.lower + np.round((values - column.lower) / column.step) * column.step
+    values = np.clip(values, column.lower, column.upper)
+    return np.where((rng.random(rows) < 0.1) & column.nullable, np.nan, values)
+
+
+def table_of(column: Column, rows: int, seed: int) -> Table:
+    return filled(column, values_of(column, rows, np.random.default_rng(seed)))
+
+
+def assert_round_trips(table: Table, codec: Codec, seed: int) -> None:
+    """Everything decoded is of the domain and keeps its code."""
+    rng = np.random.default_rng(seed)
+    codes = codec.encode(table)
+    used = codec.used.numpy()
+    assert codes.dtype == torch.int64
+    assert ((codes >= 0) & (codes < torch.tensor(codec.layout.levels))).all()
+    flat = codes.numpy() + np.array(codec.layout.offsets)
+    assert used[flat].all(), "encoded into a level that is marked unused"
+    for given_codes in (codes, every_used(codec)):
+        decoded = codec.decode(given_codes, rng)
+        assert_in_domain(decoded)
+        assert torch.equal(codec.encode(decoded), given_codes)
+
+
+def every_used(codec: Codec, times: int = 30) -> torch.Tensor:
+    """Each used level of each column, `times` over (rows, D)."""
+    blocks = np.split(codec.used.numpy(), np.cumsum(codec.layout.levels)[:-1])
+    most = max(int(block.sum()) for block in blocks)
+    columns = [np.resize(np.flatnonzero(block), most) for block in blocks]
+    return torch.from_numpy(np.repeat(np.stack(columns, axis=1), times, axis=0))
+
+
+def assert_in_domain(table: Table) -> None:
+    """Bringing it under its schema changes nothing: types, levels, bounds, gaps, steps."""
+    again = Table.from_frame(table.frame, table.schema, strict=False)
+    pd.testing.assert_frame_equal(again.frame, table.frame)
+    for column in table.schema.columns:
+        if column.numeric and column.step is not None:
+            steps = (table.frame[column.name].dropna().to_numpy(float) - column.lower) / column.step
+            np.testing.assert_allclose(steps, np.round(steps), rtol=1e-12, atol=1e-4)
+
+
+@pytest.mark.parametrize("mu", [FREE, 1.0, 0.1])
+@pytest.mark.parametrize("name", COLUMNS)
+def test_round_trip_of_every_kind_of_column(name: str, mu: float) -> None:
+    table = table_of(COLUMNS[name], 600, 3)
+    codec = fit(table, mu)
+    assert_round_trips(table, codec, 5)
+    # Rows that the codec has never seen.
+    assert_round_trips(table_of(COLUMNS[name], 300, 4), codec, 6)
+
+
+@settings(max_examples=40)
+@given(
+    column=numeric_columns(),
+    rows=st.integers(1, 400),
+    mu=st.sampled_from([FREE, 2.0, 0.05]),
+    bins=st.integers(2, 12),
+    heaps=st.integers(0, 5),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_round_trip_of_any_number(
+    column: Column, rows: int, mu: float, bins: int, heaps: int, seed: int
+) -> None:
+    table = table_of(column, rows + 2, seed)
+    codec = fit(table, mu, seed=seed, bins=bins, heaps=heaps)
+    assert_round_trips(table, codec, seed)
+
+
+@pytest.mark.parametrize("mu", [FREE, 1.0])
+def test_a_whole_table_round_trips(mu: float) -> None:
+    rng = np.random.default_rng(0)
+    schema = Schema(tuple(COLUMNS.values()), target="kind")
+    frame = pd.DataFrame({name: values_of(c, 400, rng) for name, c in COLUMNS.items()})
+    table = Table.from_frame(frame, schema)
+    codec = fit(table, mu)
+    assert_round_trips(table, codec, 1)
+    missing = table.frame.isna()
+    decoded = codec.decode(codec.encode(table), rng)
+    pd.testing.assert_frame_equal(decoded.frame.isna(), missing)
+    for name in ("kind", "size", "direct"):
+        pd.testing.assert_series_equal(decoded.frame[name], table.frame[name])
+
+
+def test_adult_round_trips(adult: Table) -> None:
+    codec = fit(adult, 1.0, bins=32, heaps=16)
+    assert_round_trips(adult, codec, 1)
+
+
+def test_a_narrow_bin_of_whole_numbers_keeps_its_values() -> None:
+    """One value holds half of the rows, on a range too long for a cell a value."""
+    values = np.r_[np.full(500, 1_234_567), np.arange(500) * 9_999]
+    table = filled(LONG, values)
+    codec = fit(table)
+    code = int(codec.encode(table)[0, 0])
+    many = torch.full((4000, 1), code)
+    decoded = codec.decode(many, np.random.default_rng(0))
+    assert (codec.encode(decoded) == code).all()
+    assert abs(decoded.frame["long"] - 1_234_567).max() < 100
+
+
+def test_bounds_beyond_what_a_double_can_tell_apart_are_refused() -> None:
+    column = Column("x", "decimal", lower=-1e308, upper=1e308)
+    with pytest.raises(UsageError, match="'x'"):
+        fit(filled(column, [0.0, 1.0]))
+
+
+def test_a_step_far_below_the_range_is_just_a_long_grid() -> None:
+    column = Column("x", "decimal", lower=0.0, upper=1e300, step=1e-9)
+    table = filled(column, [0.0, 1e299, 1e300])
+    codec = fit(table)
+    decoded = codec.decode(codec.encode(table), np.random.default_rng(0))
+    assert torch.equal(codec.encode(decoded), codec.encode(table))
+
+
+@pytest.mark.parametrize("name", ["count", "price", "ratio", "long", "cents"])
+def test_decoded_numbers_are_distributed_like_the_encoded_ones(name: str) -> None:
+    table = table_of(COLUMNS[name], 6000, 8)
+    codec = fit(table, bins=32, heaps=16)
+    decoded = codec.decode(codec.encode(table), np.random.default_rng(0))
+    before, after = (t.frame[name].dropna().to_numpy(float) for t in (table, decoded))
+    assert stats.ks_2samp(before, after).statistic < 0.03
+
+
+# Levels
+
+
+def test_a_short_grid_is_taken_as_it_is_and_costs_nothing() -> None:
+    ledger = Ledger(1e-5)
+    column = Column("x", "integer", lower=-2, upper=9, nullable=True)
+    table = filled(column, [-2, 9, None, 0])
+    codec = Codec.fit(table, measurer(0.1, 0, ledger=ledger), rows=4, bins=8, heaps=4)
+    assert ledger.events == ()
+    assert codec.layout.levels == (13,)
+    assert codec.used.all()
+    assert codec.encode(table)[:, 0].tolist() == [0, 11, 12, 2]
+    pd.testing.assert_frame_equal(
+        codec.decode(codec.encode(table), np.random.default_rng(0)).frame, table.frame
+    )
+    assert Codec.measured_columns(table.schema, 8, 4) == []
+    assert Codec.measured_columns(table.schema, 8, 3) == [column]
+
+
+def test_categories_keep_their_declared_levels() -> None:
+    table = filled(KIND, ["c", None, "a", "b"])
+    codec = fit(table)
+    assert codec.encode(table)[:, 0].tolist() == [2, 3, 0, 1]
+    assert codec.layout.levels == (4,)
+
+
+def test_layout_follows_from_the_schema_alone() -> None:
+    schema = Schema(tuple(COLUMNS.values()), target="kind")
+    layouts = set()
+    for seed, rows, mu in ((0, 500, FREE), (1, 7, 1.0), (2, 60, 0.01)):
+        rng = np.random.default_rng(seed)
+        values = {name: values_of(c, rows, rng) for name, c in COLUMNS.items()}
+        if seed == 2:  # a column that holds one value only
+            values["count"] = np.full(rows, 17.0)
+        frame = pd.DataFrame(values)
+        codec = fit(Table.from_frame(frame, schema, strict=False), mu)
+        layouts.add(codec.layout)
+        assert len(codec.used) == codec.layout.width
+    assert len(layouts) == 1
+    (layout,) = layouts
+    assert layout.levels[0] == 9
+    assert layout.levels[1] == BINS + HEAPS + 1
+    assert layout.levels[-1] == 3
+
+
+def test_layout_places_blocks_side_by_side() -> None:
+    layout = Layout((3, 2, 4), target=1)
+    assert (layout.columns, layout.width, layout.offsets, layout.groups) == (3, 9, (0, 3, 5), 2)
+    codes = torch.tensor([[[2, 0, 3], [0, 1, 1]]])
+    assert layout.group_of(codes).tolist() == [[0, 1]]
+    flat = layout.one_hot(codes)
+    assert flat.shape == (1, 2, 9)
+    for block, column in zip(flat.split([3, 2, 4], dim=-1), codes.unbind(-1), strict=True):
+        assert (block.sum(-1) == 1).all()
+        assert torch.equal(block.argmax(-1), column)
+    alone = Layout((3, 2), target=None)
+    assert alone.groups == 1
+    assert alone.group_of(torch.tensor([[2, 1], [0, 0]])).tolist() == [0, 0]
+
+
+def test_codes_of_single_values_are_those_of_the_table() -> None:
+    for name, column in COLUMNS.items():
+        table = table_of(column, 200, 2)
+        codec = fit(table, 1.0)
+        for value, code in zip(table.frame[name][:60], codec.encode(table)[:, 0], strict=False):
+            assert codec.code_of(name, value) == int(code)
+
+
+@pytest.mark.parametrize("name", ["count", "ratio", "kind"])
+def test_missing_has_a_code_of_its_own(name: str) -> None:
+    codec = fit(table_of(COLUMNS[name], 200, 2))
+    last = codec.layout.levels[0] - 1
+    for value in (None, np.nan, pd.NA):
+        assert codec.code_of(name, value) == last
+
+
+def test_codes_of_values_outside_are_refused() -> None:
+    schema = Schema((COUNT, SIZE))
+    frame = pd.DataFrame({"count": [0, 100], "size": ["s", "m"]})
+    codec = fit(Table.from_frame(frame, schema))
+    for name, value in (("count", 9_001), ("count", 1.5), ("size", "xl"), ("size", None)):
+        with pytest.raises(UsageError, match=name):
+            codec.code_of(name, value)
+
+
+@pytest.mark.parametrize("mu", [FREE, 1.0])
+def test_codec_json_round_trip(mu: float) -> None:
+    for column in COLUMNS.values():
+        table = table_of(column, 300, 1)
+        codec = fit(table, mu)
+        again = Codec.from_dict(table.schema, json.loads(json.dumps(codec.to_dict())))
+        assert again.layout == codec.layout
+        assert torch.equal(again.used, codec.used)
+        codes = codec.encode(table)
+        assert torch.equal(again.encode(table), codes)
+        first, second = (c.decode(codes, np.random.default_rng(3)).frame for c in (codec, again))
+        pd.testing.assert_frame_equal(first, second)
+        assert again.to_dict() == codec.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"), [({"bins": 1}, "bins=1"), ({"heaps": -1}, "heaps=-1")]
+)
+def test_refusals(settings: dict[str, int], part: str) -> None:
+    with pytest.raises(UsageError, match=part):
+        fit(table_of(COUNT, 10, 0), **settings)
+
+
+# Heaps
+
+
+def heaps_of(codec: Codec) -> set[int]:
+    """Values that are levels of their own."""
+    (column,) = codec.schema.columns
+    (state,) = codec.to_dict()["columns"].values()
+    assert column.lower is not None and column.step is not None
+    return {round(column.lower + cell * column.step) for cell in state["heaps"]}
+
+
+@pytest.mark.parametrize("mu", [FREE, 2.0, 0.3])
+@pytest.mark.parametrize("shape", ["flat", "bell"])
+def test_planted_spikes_become_heaps(mu: float, shape: str) -> None:
+    rng = np.random.default_rng(1)
+    smooth = {"flat": rng.integers(0, 10_000, 8500), "bell": rng.normal(4000, 900, 8500)}[shape]
+    spikes = [0, 4000, 9999]
+    values = np.r_[np.clip(np.round(smooth), 0, 9999), np.repeat(spikes, 500)]
+    column = Column("x", "integer", lower=0, upper=9999)
+    for seed in range(5):
+        codec = fit(filled(column, values), mu, seed=seed)
+        assert heaps_of(codec) == set(spikes)
+        decoded = codec.decode(codec.encode(filled(column, spikes)), rng)
+        assert decoded.frame["x"].tolist() == spikes
+
+
+@pytest.mark.parametrize("shape", ["flat", "bell", "slope", "empty"])
+def test_smooth_columns_have_no_heaps(shape: str) -> None:
+    rng = np.random.default_rng(2)
+    values = {
+        "flat": rng.integers(0, 1000, 20_000),
+        "bell": rng.normal(500, 100, 20_000),
+        "slope": rng.exponential(40, 20_000),
+        "empty": np.full(3, 500.0),
+    }[shape]
+    column = Column("x", "integer", lower=0, upper=999)
+    table = filled(column, np.clip(np.round(values), 0, 999))
+    if shape != "empty":
+        assert heaps_of(fit(table)) == set()
+        assert all(heaps_of(fit(table, 1.0, seed=seed)) == set() for seed in range(5))
+    # With so much noise that only its own threshold protects: half a cell a column on average.
+    found = 0
+    for seed in range(60):
+        codec = Codec.fit(table, measurer(0.01, 2, seed), rows=len(table), bins=8, heaps=64)
+        found += len(heaps_of(codec))
+    assert stats.poisson.sf(found - 1, 0.5 * 60) > 1e-4
+
+
+def test_only_the_heaviest_heaps_get_a_slot() -> None:
+    weights = {100: 400, 300: 900, 500: 600, 700: 500}
+    values = np.concatenate([np.full(count, value) for value, count in weights.items()])
+    column = Column("x", "integer", lower=0, upper=999)
+    assert heaps_of(fit(filled(column, values), heaps=2)) == {300, 500}
+    assert heaps_of(fit(filled(column, values), heaps=0)) == set()
+
+
+# What may depend on rows
+
+
+class Watching:
+    """Stands in for a measurer: keeps the exact counts it is shown and answers something else.
+
+    Whatever it answers is the same for all tables, so whatever differs has seen a row unpaid.
+    """
+
+    def __init__(self, sigma: float, seed: int = 0, scale: float = 60.0) -> None:
+        self.sigma = sigma
+        self.asked: list[tuple[str, int]] = []
+        self.shown: list[list[np.ndarray]] = []
+        self._rng = np.random.default_rng(seed)
+        self._scale = scale
+
+    def histograms(self, what: str, queries: int) -> "Watching":
+        self.asked.append((what, queries))
+        self.shown.append([])
+        return self
+
+    def __call__(self, counts: np.ndarray) -> np.ndarray:
+        assert len(self.shown[-1]) < self.asked[-1][1], "more histograms than were paid for"
+        self.shown[-1].append(np.array(counts, dtype=float))
+        return self._rng.exponential(self._scale, counts.shape)
+
+
+MIXED = Schema((COUNT, PRICE, RATIO, CENTS, LONG, KIND, SIZE, DIRECT), target="size")
+
+
+def mixed(rows: int, seed: int) -> Table:
+    rng = np.random.default_rng(seed)
+    frame = pd.DataFrame({c.name: values_of(c, rows, rng) for c in MIXED.columns})
+    return Table.from_frame(frame, MIXED, strict=False)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 5.0])
+def test_the_codec_is_made_of_noisy_answers_and_nothing_else(sigma: float) -> None:
+    """Two tables without a row in common, of other sizes: equal answers give equal codecs."""
+    found = []
+    for rows, seed in ((500, 0), (90, 1)):
+        watching = Watching(sigma)
+        codec = Codec.fit(mixed(rows, seed), watching, rows=300, bins=BINS, heaps=HEAPS)  # type: ignore[arg-type]
+        found.append((codec.to_dict(), watching.asked, codec.layout, codec.used.tolist()))
+    assert found[0] == found[1]
+
+
+def test_the_questions_are_public_and_as_many_as_planned() -> None:
+    """Two a measured column at most; the ledger's events are named by the schema alone."""
+    columns = Codec.measured_columns(MIXED, BINS, HEAPS)
+    assert [c.name for c in columns] == ["count", "price", "ratio", "cents", "long"]
+    expected = ["heaps:count", "bins:count", "heaps:price", "bins:price", "bins:ratio"]
+    expected += ["bins:cents", "bins:long"]
+    for rows, seed, mu in ((300, 0, 1.0), (20, 1, 0.02)):
+        ledger = Ledger(1e-5)
+        noisy = Measurer(ledger, mu, 2 * len(columns), np.random.default_rng(seed))
+        Codec.fit(mixed(rows, seed), noisy, rows=300, bins=BINS, heaps=HEAPS)
+        assert [event.what for event in ledger.events] == expected
+        assert sum(event.sigma**-2 for event in ledger.events) <= mu**2
+
+
+def neighbours(rows: int, seed: int) -> tuple[Table, Table]:
+    """A table, and the same without one row."""
+    table = mixed(rows, seed)
+    gone = np.random.default_rng(seed).integers(rows)
+    return table, table.take(np.delete(np.arange(rows), gone))
+
+
+def assert_within_sensitivity(first: Watching, second: Watching) -> None:
+    """One row more moves each histogram by at most one, so all of a part by √queries."""
+    assert first.asked == second.asked
+    for (_, queries), left, right in zip(first.asked, first.shown, second.shown, strict=True):
+        assert len(left) == len(right) <= queries
+        moves = [np.abs(a - b) for a, b in zip(left, right, strict=True)]
+        assert all(move.sum() <= 1 for move in moves)
+        assert sum((move**2).sum() for move in moves) <= queries
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_one_row_moves_what_is_counted_by_the_stated_sensitivity(seed: int) -> None:
+    sides, tables = [Watching(1.0, seed), Watching(1.0, seed)], neighbours(120, seed)
+    codecs = [
+        Codec.fit(table, side, rows=120, bins=BINS, heaps=HEAPS)  # type: ignore[arg-type]
+        for table, side in zip(tables, sides, strict=True)
+    ]
+    assert_within_sensitivity(*sides)
+    sides = [Watching(1.0, seed), Watching(1.0, seed)]
+    for codec, table, side in zip(codecs, tables, sides, strict=True):
+        Marginals.measure(codec.encode(table), codec.layout, codec.used, side)  # type: ignore[arg-type]
+    assert_within_sensitivity(*sides)
+
+
+# Marginals
+
+
+def measured(codes: Any, layout: Layout, used: Any = None, mu: float = FREE, seed: int = 0):
+    mask = torch.ones(layout.width, dtype=torch.bool) if used is None else torch.tensor(used)
+    source = measurer(mu, Marginals.tables(layout), seed)
+    return Marginals.measure(torch.as_tensor(codes), layout, mask, source)
+
+
+def drawn_codes(layout: Layout, rows: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    weights = [rng.dirichlet(np.ones(n)) for n in layout.levels]
+    return np.stack([rng.choice(len(w), rows, p=w) for w in weights], axis=1)
+
+
+@pytest.mark.parametrize("target", [None, 0, 2])
+def test_without_noise_marginals_are_the_frequencies(target: int | None) -> None:
+    layout = Layout((4, 3, 5), target)
+    codes = drawn_codes(layout, 700, 1)
+    found = measured(codes, layout)
+    group = np.zeros(700, dtype=int) if target is None else codes[:, target]
+    frame = pd.DataFrame(codes)
+    shares = np.bincount(group, minlength=layout.groups) / 700
+    np.testing.assert_allclose(found.prior, shares, atol=1e-12)
+    for j, (start, n) in enumerate(zip(layout.offsets, layout.levels, strict=True)):
+        for g in range(layout.groups):
+            rows = frame[group == g] if j != target else frame
+            expected = np.bincount(rows[j], minlength=n) / len(rows)
+            np.testing.assert_allclose(found.given[g, start : start + n], expected, atol=1e-12)
+        alone = np.bincount(codes[:, j], minlength=n) / 700
+        np.testing.assert_allclose(found.one_way()[start : start + n], alone, atol=1e-12)
+
+
+@pytest.mark.parametrize("target", [None, 0])
+def test_a_single_column_is_its_own_marginal(target: int | None) -> None:
+    layout = Layout((4,), target)
+    codes = np.repeat([0, 1, 3], [5, 3, 2])[:, None]
+    found = measured(codes, layout)
+    assert Marginals.tables(layout) == 1
+    np.testing.assert_allclose(found.one_way(), [0.5, 0.3, 0, 0.2], atol=1e-12)
+    assert found.prior.shape == (layout.groups,)
+
+
+@pytest.mark.parametrize("target", [None, 0, 2])
+@pytest.mark.parametrize("mu", [FREE, 0.5, 0.005])
+def test_marginals_are_distributions_and_leave_unused_levels_out(
+    mu: float, target: int | None
+) -> None:
+    """Whatever the noise, for every column and for the target's own levels too."""
+    layout = Layout((4, 3, 6), target)
+    used = np.array([1, 1, 0, 1] + [1, 1, 1] + [0, 1, 1, 0, 1, 0], dtype=bool)
+    codes = np.stack([[0, 1, 3] * 40, [0, 1, 2] * 40, [1, 2, 4, 1] * 30], axis=1)
+    blocks = np.split(used, np.cumsum(layout.levels)[:-1])
+    for seed in range(5):
+        found = measured(codes, layout, used, mu, seed)
+        assert (found.prior >= 0).all()
+        assert float(found.prior.sum()) == pytest.approx(1)
+        assert (found.given >= 0).all()
+        assert (found.given[:, ~used] == 0).all()
+        for block in found.given.split(layout.levels, dim=-1):
+            np.testing.assert_allclose(block.sum(-1), 1, atol=1e-9)
+        if target is not None:
+            assert (found.prior[~torch.from_numpy(blocks[target])] == 0).all()
+
+
+def test_logits_are_finite_and_close_to_the_tables() -> None:
+    layout = Layout((4, 3, 5), 0)
+    found = measured(drawn_codes(layout, 300, 2), layout, mu=0.2)
+    logits = found.logits(layout)
+    assert logits.isfinite().all()
+    assert (logits.exp() - found.given).abs().max() < 2e-3
+
+
+def test_noise_of_marginals_is_unbiased_and_shrinks_with_the_budget() -> None:
+    layout = Layout((6, 4), 1)
+    codes = drawn_codes(layout, 5000, 3)
+    exact = measured(codes, layout).given
+    errors = []
+    for mu in (0.05, 0.5):
+        found = torch.stack([measured(codes, layout, mu=mu, seed=s).given for s in range(30)])
+        errors.append(float((found - exact).abs().mean()))
+        bias = (found.mean(0) - exact).abs()
+        spread = found.std(0) / math.sqrt(30)
+        assert (bias[exact > 0.1] < 5 * spread[exact > 0.1] + 1e-9).all()
+    assert errors[0] > 4 * errors[1]
+
+
+@given(
+    st.lists(st.floats(-1e4, 1e4), min_size=1, max_size=12),
+    st.floats(1, 1e4),
+)
+def test_projection_is_the_nearest_distribution(counts: list[float], total: float) -> None:
+    found = _onto_simplex(np.array(counts), total)
+    assert (found >= 0).all()
+    np.testing.assert_allclose(found * total, by_bisection(np.array(counts), total), atol=1e-6)
+    assert found.sum() == pytest.approx(1, abs=1e-9)
+    # Nothing on the simplex is nearer (Duchi et al. 2008): the corners are all farther away.
+    for corner in np.eye(len(counts)):
+        inner = (np.array(counts) - found * total) @ (corner * total - found * total)
+        assert inner <= 1e-6 * max(1.0, total * np.abs(counts).max())
