@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fleets import TRAINED, make_fleet, random_codes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import record_gradients, sum_clipped
@@ -15,19 +16,13 @@ from torch import Tensor, nn
 
 from dpsynth.checks import UsageError
 from dpsynth.codec import Layout
-from dpsynth.marginals import Marginals
-from dpsynth.models import Diffusion, Gan, Generator, Vae
+from dpsynth.models import Generator
 from dpsynth.networks import FleetLinear, Mlp
 from dpsynth.privacy.engine import ENGINES, FleetOptimizer, PrivateEngine, squared_norms
 from dpsynth.randomness import FleetRng
 
 LAYOUT = Layout((3, 4, 2, 5), target=2)
 RECORDS = 6
-FAMILIES: dict[str, Callable[[int], Generator]] = {
-    "vae": lambda runs: Vae(LAYOUT, runs, hidden=[8, 8], latent=3, draws=2),
-    "gan": lambda runs: Gan(LAYOUT, runs, hidden=[8, 8], latent=3, fakes=2),
-    "diffusion": lambda runs: Diffusion(LAYOUT, runs, hidden=[8, 8], draws=3),
-}
 MODES = list(ENGINES)
 
 
@@ -35,38 +30,13 @@ def doubles(values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def marginals(seed: int) -> Marginals:
-    rng = np.random.default_rng(seed)
-    prior = rng.dirichlet(np.ones(LAYOUT.groups))
-    rows = [
-        np.concatenate(
-            [
-                prior if j == LAYOUT.target else rng.dirichlet(np.ones(n))
-                for j, n in enumerate(LAYOUT.levels)
-            ]
-        )
-        for _ in range(LAYOUT.groups)
-    ]
-    return Marginals(torch.from_numpy(prior), torch.from_numpy(np.stack(rows)))
-
-
 def generator(family: str, runs: int) -> Generator:
-    """A fleet with weights that are nowhere zero, the same at each call."""
-    model = FAMILIES[family](runs).double()
-    keys = list(range(100, 100 + runs))
-    model.reset(FleetRng(keys, dtype=torch.float64))
-    model.prepare([marginals(run) for run in range(runs)], [torch.ones(LAYOUT.width) > 0] * runs)
-    rng = FleetRng(keys, dtype=torch.float64)
-    with torch.no_grad():
-        for number, parameter in enumerate(model.network.parameters()):
-            parameter += 0.3 * rng.at("jitter", number).normal(*parameter.shape[1:])
-    return model
+    """The same fleet at each call: an engine may be put on a network only once."""
+    return make_fleet(family, LAYOUT, list(range(100, 100 + runs)))
 
 
 def codes(runs: int, seed: int = 0) -> Tensor:
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(0, LAYOUT.levels, (runs, RECORDS, LAYOUT.columns))
-    return torch.from_numpy(drawn)
+    return random_codes(LAYOUT, runs, RECORDS, seed)
 
 
 def draws(runs: int) -> FleetRng:
@@ -105,7 +75,7 @@ def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("runs", [1, 3])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 def test_engines_sum_what_one_record_at_a_time_gives(family: str, runs: int) -> None:
     """With a bound a run that cuts some records and leaves others, and one record of padding."""
     rows = codes(runs)
@@ -121,7 +91,7 @@ def test_engines_sum_what_one_record_at_a_time_gives(family: str, runs: int) -> 
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 def test_no_bound_gives_the_plain_sum(family: str, mode: str) -> None:
     rows = codes(2)
     gradients, _ = oracle(family, rows)
@@ -134,7 +104,7 @@ def test_no_bound_gives_the_plain_sum(family: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 def test_one_record_moves_its_own_run_by_its_bound_at_most(family: str, mode: str) -> None:
     """The sensitivity that the accountant is told: adding record i moves the sum by C or less."""
     bound, rows = doubles([0.05, 0.4]), codes(2)
@@ -151,7 +121,7 @@ def test_one_record_moves_its_own_run_by_its_bound_at_most(family: str, mode: st
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 def test_what_padding_holds_changes_nothing(family: str, mode: str) -> None:
     rows, bound = codes(2), doubles([0.1, 2.0])
     counts = torch.ones(2, RECORDS, dtype=torch.float64)

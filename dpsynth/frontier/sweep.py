@@ -139,14 +139,18 @@ def run_sweep(
     bench = _bench(split, data, judging, console)
     cores = os.cpu_count() or 1
     before = torch.get_num_threads()
-    with _judges(bench, workers or cores) as submit, threadpool_limits(max(1, cores // 2)):
+    with (
+        _judges(bench, workers or cores, console) as submit,
+        threadpool_limits(max(1, cores // 2)),
+    ):
         torch.set_num_threads(max(1, cores // 2))
         try:
             jobs = _submit_controls(bench, folder, points, submit) if with_controls else []
             for recipe, fleet in _fleets(points):
                 jobs += _train(recipe, fleet, bench, folder, submit, console, logger)
+            console.print(f"waiting for {sum(not job.done() for job in jobs)} judgements")
             for job in jobs:
-                console.print(f"  {job.result()}", soft_wrap=True)
+                job.result()  # an error in a judge is an error of the sweep
         finally:
             torch.set_num_threads(before)
     shutil.rmtree(folder / "fleets", ignore_errors=True)
@@ -249,13 +253,24 @@ def _start_worker(bench: _Bench) -> None:
 
 
 @contextlib.contextmanager
-def _judges(bench: _Bench, workers: int) -> Iterator[Submit]:
-    """A pool of judging processes; on an error or Ctrl-C what has not begun is dropped."""
+def _judges(bench: _Bench, workers: int, console: Console) -> Iterator[Submit]:
+    """A pool of judging processes that say what they found when they are done with a run; on an
+    error or Ctrl-C what has not begun is dropped."""
+
+    def report(job: Future[str]) -> None:
+        if not job.cancelled() and job.exception() is None:
+            console.print(f"  {job.result()}", soft_wrap=True)
+
+    def submit(work: Callable[..., str], *arguments: Any) -> Future[str]:
+        job = pool.submit(work, *arguments)
+        job.add_done_callback(report)
+        return job
+
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _start_worker, (bench,)
     )
     try:
-        yield lambda work, *arguments: pool.submit(work, *arguments)
+        yield submit
     finally:
         pool.shutdown(cancel_futures=True)
 
