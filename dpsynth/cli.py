@@ -31,7 +31,7 @@ from dpsynth.checks import RefusedError, UsageError, check_choice, check_count
 from dpsynth.data import Split, Table, read_frame, write_frame
 from dpsynth.evaluation import Report, evaluate
 from dpsynth.frontier.plot import write_frontier
-from dpsynth.frontier.sweep import Judging, LoggerOf, Point, gather, run_sweep
+from dpsynth.frontier.sweep import Judging, LoggerOf, Point, data_name, gather, run_sweep
 from dpsynth.randomness import stream
 from dpsynth.schema import Schema
 from dpsynth.training.fleet import Recipe
@@ -123,9 +123,9 @@ def configure(overrides: Sequence[str]) -> DictConfig:
     return cfg
 
 
-def expand(overrides: Sequence[str]) -> list[DictConfig]:
+def expand(overrides: Sequence[str]) -> list[tuple[DictConfig, str]]:
     """One configuration for every combination of the listed values, and of `grid`'s where the
-    command line lists none."""
+    command line lists none; with it what sets its recipe apart (not model, ε or seed)."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     fixed = [o.input_line for o in parsed if not o.is_sweep_override()]
     listed = {
@@ -138,7 +138,15 @@ def expand(overrides: Sequence[str]) -> list[DictConfig]:
     grid = cast(dict[str, Any], OmegaConf.to_container(first.grid))
     listed |= {k: [str(v) for v in vs] for k, vs in _flat(grid).items() if k not in given}
     choices = [[f"{key}={value}" for value in values] for key, values in listed.items()]
-    return [configure([*map(str, fixed), *choice]) for choice in itertools.product(*choices)]
+    return [
+        (configure([*map(str, fixed), *choice]), _variant(choice))
+        for choice in itertools.product(*choices)
+    ]
+
+
+def _variant(choice: Sequence[str]) -> str:
+    usual = ("model=", "privacy.epsilon=", "seed=")
+    return " ".join(c.rsplit(".", 1)[-1] for c in choice if not c.startswith(usual))
 
 
 def _flat(grid: dict[str, Any], above: str = "") -> dict[str, list[Any]]:
@@ -153,7 +161,7 @@ def _flat(grid: dict[str, Any], above: str = "") -> dict[str, list[Any]]:
     return flat
 
 
-def point_of(cfg: DictConfig) -> Point:
+def point_of(cfg: DictConfig, variant: str = "") -> Point:
     """The typed point of a grid that a configuration describes."""
     plain = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     privacy = dict(plain["privacy"])
@@ -167,7 +175,7 @@ def point_of(cfg: DictConfig) -> Point:
     )
     if plain["seed"] is not None:
         check_count("seed", plain["seed"], least=0)
-    return Point(recipe, epsilon, plain["seed"])
+    return Point(recipe, epsilon, plain["seed"], variant)
 
 
 def _number(name: str, value: object) -> float:
@@ -275,14 +283,15 @@ def _train_one(cfg: DictConfig, folder: Path | None) -> None:
 def _sweep(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         return _help_keys()
-    configs = expand(arguments)
+    grid = expand(arguments)
+    configs = [cfg for cfg, _ in grid]
     shared = ("data", "evaluation", "audit", "logger", "out")
     first = configs[0]
     for cfg in configs:
         for key in shared:
             if cfg[key] != first[key]:
                 raise UsageError(f"{key}: must be the same for a whole sweep; sweep them apart")
-    points = [point_of(cfg) for cfg in configs]
+    points = [point_of(cfg, variant) for cfg, variant in grid]
     out = Path(first.out or f"runs/sweep-{first.data.name}")
     console.print(f"sweep of {len(points)} runs into {out}")
     table = run_sweep(
@@ -300,8 +309,7 @@ def _sweep(arguments: list[str]) -> None:
 
 
 def _draw(table: pd.DataFrame, sweep: Path, out: Path, x: str) -> None:
-    deltas = sorted({float(d) for d in table["delta"] if d > 0})
-    title = f"{sweep.name} · δ={', '.join(f'{d:g}' for d in deltas)} · one record, add/remove"
+    title = f"{data_name(sweep)} · one record added or removed"
     write_frontier(table, out, title=title, x=x)
     shown = f"frontier: {out / 'frontier.png'}   interactive: {out / 'frontier.html'}"
     console.print(shown, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +34,14 @@ class Marginals:
         return layout.columns if layout.target is None else max(1, layout.columns - 1)
 
     @classmethod
-    def measure(cls, codes: Tensor, layout: Layout, used: Tensor, measurer: Measurer) -> Marginals:
+    def measure(
+        cls,
+        codes: Tensor,
+        layout: Layout,
+        used: Tensor,
+        measurer: Measurer,
+        names: Sequence[str],
+    ) -> Marginals:
         """Count, add noise, and project to distributions (post-processing).
 
         Args:
@@ -41,6 +49,7 @@ class Marginals:
             layout: Public shape.
             used: Levels that can occur (W,); the others get no mass.
             measurer: Pays for each table (its `parts` are `tables(layout)`).
+            names: Columns, for the ledger.
         """
         rows = codes.numpy()
         group = layout.group_of(codes).numpy()
@@ -48,7 +57,7 @@ class Marginals:
         for j, levels in enumerate(layout.levels):
             if j == layout.target and layout.columns > 1:
                 continue
-            noise = measurer.histograms(f"marginal:{j}", 1)
+            noise = measurer.histograms(f"marginal:{names[j]}", 1)
             cell = group * levels + rows[:, j]
             exact = np.bincount(cell, minlength=layout.groups * levels).astype(float)
             counts[j] = noise(exact).reshape(layout.groups, levels)

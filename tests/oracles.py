@@ -87,6 +87,8 @@ def chi_square(observed: np.ndarray, probabilities: np.ndarray) -> float:
     if expected[~thick].sum() >= 1:
         seen.append(observed[~thick].sum())
         hoped.append(expected[~thick].sum())
+    if len(seen) == 1:
+        return 1.0
     hoped = np.array(hoped) * (sum(seen) / sum(hoped))
     return float(stats.chisquare(seen, hoped).pvalue)
 

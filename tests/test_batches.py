@@ -88,7 +88,7 @@ def test_a_tiny_buffer_draws_the_same_batch(
     for run, (batch, again) in enumerate(zip(whole, parts, strict=True)):
         np.testing.assert_array_equal(batch, again)
         assert (np.diff(batch) > 0).all()
-        assert batch.size == 0 or (0 <= batch[0] and batch[-1] < rows[run])
+        assert batch.size == 0 or (batch[0] >= 0 and batch[-1] < rows[run])
 
 
 def test_a_batch_longer_than_the_buffer_is_not_cut() -> None:

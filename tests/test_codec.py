@@ -474,8 +474,12 @@ def test_one_row_moves_what_is_counted_by_the_stated_sensitivity(seed: int) -> N
     assert_within_sensitivity(*sides)
     sides = [Watching(1.0, seed), Watching(1.0, seed)]
     for codec, table, side in zip(codecs, tables, sides, strict=True):
-        Marginals.measure(codec.encode(table), codec.layout, codec.used, side)  # type: ignore[arg-type]
+        codes = codec.encode(table)
+        Marginals.measure(codes, codec.layout, codec.used, side, MIXED.names)  # type: ignore[arg-type]
     assert_within_sensitivity(*sides)
+    # One table for every column but the target, named for the ledger.
+    asked = [f"marginal:{name}" for name in MIXED.names if name != MIXED.target]
+    assert [what for what, _ in sides[0].asked] == asked
 
 
 # Marginals
@@ -484,7 +488,8 @@ def test_one_row_moves_what_is_counted_by_the_stated_sensitivity(seed: int) -> N
 def measured(codes: Any, layout: Layout, used: Any = None, mu: float = FREE, seed: int = 0):
     mask = torch.ones(layout.width, dtype=torch.bool) if used is None else torch.tensor(used)
     source = measurer(mu, Marginals.tables(layout), seed)
-    return Marginals.measure(torch.as_tensor(codes), layout, mask, source)
+    names = [f"x{j}" for j in range(layout.columns)]
+    return Marginals.measure(torch.as_tensor(codes), layout, mask, source, names)
 
 
 def drawn_codes(layout: Layout, rows: int, seed: int) -> np.ndarray:
@@ -528,7 +533,7 @@ def test_marginals_are_distributions_and_leave_unused_levels_out(
 ) -> None:
     """Whatever the noise, for every column and for the target's own levels too."""
     layout = Layout((4, 3, 6), target)
-    used = np.array([1, 1, 0, 1] + [1, 1, 1] + [0, 1, 1, 0, 1, 0], dtype=bool)
+    used = np.array([*(1, 1, 0, 1), *(1, 1, 1), *(0, 1, 1, 0, 1, 0)], dtype=bool)
     codes = np.stack([[0, 1, 3] * 40, [0, 1, 2] * 40, [1, 2, 4, 1] * 30], axis=1)
     blocks = np.split(used, np.cumsum(layout.levels)[:-1])
     for seed in range(5):

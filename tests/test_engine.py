@@ -176,9 +176,7 @@ def test_a_gradient_that_is_not_finite_counts_nothing(mode: str, kind: str, boun
     counts[0, 2] = 0
     bounds = doubles([bound, bound])
     network = plain_network()
-    gradients = record_gradients(
-        lambda: network(x).square().sum(-1), list(network.parameters())
-    )
+    gradients = record_gradients(lambda: network(x).square().sum(-1), list(network.parameters()))
     expected = sum_clipped(gradients, bounds.tolist(), counts)
     network = plain_network()
     broken = poisoned(kind, network, x)
@@ -314,9 +312,9 @@ def test_refuses_noise_and_bounds_that_do_not_go_together(
 
 
 def test_every_run_needs_its_own_settings() -> None:
-    for settings in ({"sigma": [1.0]}, {"bound": [1.0]}, {"batch": [4.0]}):
+    for chosen in ({"sigma": [1.0]}, {"bound": [1.0]}, {"batch": [4.0]}):
         with pytest.raises(ValueError):
-            engine_of(2, **settings)
+            engine_of(2, **chosen)
 
 
 # Noise

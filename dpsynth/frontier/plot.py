@@ -561,10 +561,39 @@ def _panel_utility(ax: Axes, results: pd.DataFrame, styles: dict[tuple[str, str]
     _epsilon_axis(ax, points, labelled=True)
     low, high = ax.get_ylim()
     ax.set_ylim(low, high + 0.08 * (high - low))
+    _leave_out_far(ax, points, real, styles)
     ax.text(
         -0.55, real, "trained on real rows" if task else "real against real", fontsize=5.5,
         va="bottom", color="#555555",
     )  # fmt: skip
+
+
+def _leave_out_far(
+    ax: Axes, points: pd.DataFrame, real: float, styles: dict[tuple[str, str], _Style]
+) -> None:
+    """Cut the axis below what is worth comparing, with an arrow and the value of what is left out.
+
+    A family counts as far if all its points lie below the others by twice their spread.
+    """
+    best = points.groupby(["role", "family"])["x"].max().sort_values()
+    for count in range(1, len(best)):
+        far, near = best.iloc[:count], points.set_index(["role", "family"]).loc[best.index[count:]]
+        least, most = float(near["x_low"].min()), max(real, float(near["x_high"].max()))
+        if far.max() < least - 2 * (most - least):
+            break
+    else:
+        return
+    pad = 0.12 * (most - least)
+    ax.set_ylim(least - 3 * pad, most + 2 * pad)
+    for key in far.index:
+        style = styles[key]
+        for point in _rows(points.set_index(["role", "family"], drop=False).loc[[key]]):
+            ax.annotate(
+                f"{point.x:.2f}", (point.place, least - 3 * pad), xytext=(0, 9),
+                textcoords="offset points", fontsize=5, ha="center", va="bottom",
+                color=style.colour, arrowprops={"arrowstyle": "->", "lw": 0.7,
+                                                "color": style.colour, "shrinkB": 0},
+            )  # fmt: skip
 
 
 def _legend_handles(

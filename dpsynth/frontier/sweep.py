@@ -37,7 +37,7 @@ from dpsynth.training.callbacks import default_callbacks
 from dpsynth.training.fleet import FAMILIES, Recipe, Seat, check_seat, train_fleet
 from dpsynth.training.run import Run
 
-__all__ = ["Judging", "LoggerOf", "Point", "gather", "run_facts", "run_sweep"]
+__all__ = ["Judging", "LoggerOf", "Point", "data_name", "gather", "run_facts", "run_sweep"]
 
 CONTROLS = ("fresh", "p-leak .2", "copy")
 LEAK = 0.2
@@ -70,11 +70,20 @@ class Judging:
 
 @dataclass(frozen=True)
 class Point:
-    """One cell of a grid."""
+    """One cell of a grid.
+
+    Attributes:
+        recipe: How to train.
+        epsilon: Target ε.
+        seed: Fixed seed, or `None`.
+        variant: What sets its recipe apart from others of the same family in the grid; results
+            are only averaged over runs of one family and variant.
+    """
 
     recipe: Recipe
     epsilon: float
     seed: int | None
+    variant: str = ""
 
     @property
     def name(self) -> str:
@@ -87,9 +96,22 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class _Bench:
-    """What every judgement shares."""
+    """What every judgement shares.
+
+    Attributes:
+        split: All real rows.
+        inside: The members that are attacked.
+        outside: As many holdout rows.
+        attacker: Reference rows that attacks may use.
+        population: Reference rows that controls are made of.
+        judging: Settings.
+        floors: What real rows reach by every metric.
+        data: Name of the table.
+    """
 
     split: Split
+    inside: Table
+    outside: Table
     attacker: Table
     population: Table
     judging: Judging
@@ -155,6 +177,12 @@ def run_sweep(
             torch.set_num_threads(before)
     shutil.rmtree(folder / "fleets", ignore_errors=True)
     return gather(folder)
+
+
+def data_name(folder: Path) -> str:
+    """Name of the table that a sweep's runs were trained on."""
+    names = {read_folder(path)[1]["data"] for path in folder.glob("runs/*")}
+    return ", ".join(sorted(names))
 
 
 def gather(folder: Path) -> pd.DataFrame:
@@ -223,7 +251,8 @@ def _train(
         for path, one in zip(wanted, runs, strict=True):
             Run.of(one, data=bench.data).save(path)
     return [
-        submit(_judge_run, state / p.name, reference, folder / "runs" / p.name) for p in missing
+        submit(_judge_run, state / p.name, reference, folder / "runs" / p.name, p.variant)
+        for p in missing
     ]
 
 
@@ -240,7 +269,12 @@ def _bench(split: Split, data: str, judging: Judging, console: Console) -> _Benc
         rng=stream(judging.seed, "floors"),
         max_rows=judging.max_rows,
     )
-    return _Bench(split, attacker, population, judging, dict(floor), data)
+    size = min(judging.max_candidates // 2, len(split.members), len(split.holdout))
+    rng = stream(judging.seed, "candidates")
+    inside, outside = (
+        part.take(rng.permutation(len(part))[:size]) for part in (split.members, split.holdout)
+    )
+    return _Bench(split, inside, outside, attacker, population, judging, dict(floor), data)
 
 
 _worker: dict[str, _Bench] = {}
@@ -275,7 +309,7 @@ def _judges(bench: _Bench, workers: int, console: Console) -> Iterator[Submit]:
         pool.shutdown(cancel_futures=True)
 
 
-def _judge_run(source: Path, reference: Path | None, target: Path) -> str:
+def _judge_run(source: Path, reference: Path | None, target: Path, variant: str) -> str:
     """Sample, evaluate and attack one trained run; write its folder."""
     bench = _worker["bench"]
     run = Run.load(source)
@@ -297,7 +331,8 @@ def _judge_run(source: Path, reference: Path | None, target: Path) -> str:
         "report.html": page(facts, report, attacked, shown).encode(),
     }
     role = "model" if FAMILIES[run.recipe.model].trained else "baseline"
-    identity = _identity(run.recipe.model, role, run.plan.epsilon, run.plan.delta, run.seed, target)
+    family = f"{run.recipe.model} {variant}".strip()
+    identity = _identity(family, role, run.plan.epsilon, run.plan.delta, run.seed, target)
     replace(run, lineage={**run.lineage, "result": identity}).save(target, extra)
     return _line(target.name, report, attacked)
 
@@ -354,8 +389,8 @@ def _judge(
     )
     attacked, _ = audit(
         synthetic,
-        members=split.members,
-        holdout=split.holdout,
+        members=bench.inside,
+        holdout=bench.outside,
         reference=bench.attacker,
         white_box=scores,
         ceiling=ceiling,
@@ -368,14 +403,14 @@ def _judge(
 def _white_box(
     run: Run, reference: Run | None, bench: _Bench
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The family's loss, alone and minus a reference model's, of all members and holdout rows."""
-    split, draws = bench.split, bench.judging.draws
+    """The family's loss, alone and minus a reference model's, of all candidates."""
+    draws = bench.judging.draws
 
     def scored(model: Run, table: Table) -> np.ndarray:
         rng = FleetRng([derive(bench.judging.seed, "white-box")])
         return model.generator.scores(model.codec.encode(table)[None], rng, draws=draws)[0].numpy()
 
-    parts = (split.members, split.holdout)
+    parts = (bench.inside, bench.outside)
     own = tuple(scored(run, part) for part in parts)
     name = f"{run.recipe.model}_loss"
     attacks = {name: (own[0], own[1])}
@@ -414,7 +449,7 @@ def run_facts(run: Run, *, name: str, data: str) -> dict[str, Any]:
         "target": run.schema.target,
         "metadata": "levels and bounds as declared in schema.json; bins, heaps and marginals "
         "measured with noise and charged",
-        "tuning": "settings were not chosen on these rows",
+        "tuning": "not counted: the defaults of all families were chosen on UCI Adult",
         "version": run.lineage["versions"]["dpsynth"],
         "created": run.lineage["created"],
         "ledger": [

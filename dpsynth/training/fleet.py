@@ -207,7 +207,7 @@ def _measure(recipe: Recipe, seat: Seat, key: int) -> _Measured:
     codes = codec.encode(seat.table)
     parts = Marginals.tables(codec.layout)
     measurer = Measurer(ledger, plan.mu("marginals"), parts, stream(key, "marginals"))
-    marginals = Marginals.measure(codes, codec.layout, codec.used, measurer)
+    marginals = Marginals.measure(codes, codec.layout, codec.used, measurer, codec.schema.names)
     return _Measured(plan, ledger, codec, codes, marginals)
 
 

@@ -1,0 +1,413 @@
+"""Laws that every generator keeps: those that privacy rests on, and those that users rely on."""
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fleets import TRAINED, make_fleet, random_codes, random_marginals
+from oracles import chi_square, total_variation
+from torch import Tensor
+
+from dpsynth.checks import UsageError
+from dpsynth.codec import Layout
+from dpsynth.models import Generator
+from dpsynth.privacy.batches import PoissonBatches
+from dpsynth.privacy.plan import NoPrivacy
+from dpsynth.randomness import FleetRng
+from dpsynth.training.fleet import FAMILIES
+
+LAYOUT = Layout((3, 4, 2, 5), target=2)
+NO_TARGET = Layout((3, 4, 2, 5), target=None)
+# A numeric target: many groups, most of them empty.
+GAPS = Layout((3, 6, 4), target=1)
+USED = torch.tensor([*(1, 0, 1), *(1, 0, 1, 0, 0, 1), *(1, 1, 1, 0)]).bool()
+KEYS = [31, 32, 33]
+
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def draws(keys: list[int], purpose: str = "draws", dtype: torch.dtype = torch.float64) -> FleetRng:
+    return FleetRng(keys, dtype=dtype).at(purpose, 0)
+
+
+def loss_of(model: Generator, codes: Tensor, keys: list[int]) -> Tensor:
+    return model.record_loss(codes, draws(keys)).detach()
+
+
+# What privacy rests on
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, NO_TARGET])
+@families
+def test_the_loss_of_a_record_knows_no_other_record(family: str, layout: Layout) -> None:
+    """Clipping bounds one record's influence only if each record has a loss of its own."""
+    model, codes = make_fleet(family, layout, KEYS), random_codes(layout, 3, 8)
+    before = loss_of(model, codes, KEYS)
+    assert before.shape == (3, 8)
+    assert before.isfinite().all()
+    for record in range(8):
+        others = random_codes(layout, 3, 8, seed=record + 1)
+        others[:, record] = codes[:, record]
+        after = loss_of(model, others, KEYS)
+        torch.testing.assert_close(after[:, record], before[:, record], rtol=1e-12, atol=1e-12)
+    changed = loss_of(model, random_codes(layout, 3, 8, seed=99), KEYS)
+    assert (changed != before).any()
+
+
+@pytest.mark.parametrize("family", TRAINED)
+def test_rows_reach_the_private_network_alone(family: str) -> None:
+    """Weights outside of `network` are not clipped, so no loss of a record may move them."""
+    model, codes = make_fleet(family, LAYOUT, KEYS), random_codes(LAYOUT, 3, 5)
+    private = {id(p) for p in model.network.parameters()}
+    outside = [p for p in model.parameters() if id(p) not in private]
+    loss = model.record_loss(codes, draws(KEYS)).sum()
+    inside = torch.autograd.grad(loss, list(model.network.parameters()), retain_graph=True)
+    assert all((gradient != 0).any() for gradient in inside)
+    if outside:
+        moved = torch.autograd.grad(loss, outside, allow_unused=True)
+        assert all(gradient is None for gradient in moved)
+
+
+@families
+def test_a_run_feels_no_other_run(family: str) -> None:
+    codes = random_codes(LAYOUT, 3, 6)
+    model = make_fleet(family, LAYOUT, KEYS)
+    before, rows = loss_of(model, codes, KEYS), model.sample(20, FleetRng(KEYS).at("s"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter[1] = parameter[1] * 3 + 1
+        model.prior_logits[1] = model.prior_logits[1].flip(-1) * 2
+        model.given_logits[1] = model.given_logits[1].flip(0) * 2
+    moved = codes.clone()
+    moved[1] = random_codes(LAYOUT, 3, 6, seed=5)[1]
+    keys = [KEYS[0], 77, KEYS[2]]
+    after, other = loss_of(model, moved, keys), model.sample(20, FleetRng(keys).at("s"))
+    torch.testing.assert_close(after[[0, 2]], before[[0, 2]], rtol=1e-12, atol=1e-12)
+    assert torch.equal(other[[0, 2]], rows[[0, 2]])
+    assert (after[1] != before[1]).all()
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, NO_TARGET])
+@families
+def test_a_fleet_is_its_runs_side_by_side(family: str, layout: Layout) -> None:
+    """The same keys, the same numbers: a run of three, and the same run alone."""
+    codes = random_codes(layout, 3, 6)
+    fleet = make_fleet(family, layout, KEYS)
+    together = loss_of(fleet, codes, KEYS)
+    rows = fleet.sample(40, FleetRng(KEYS, dtype=torch.float64))
+    for run, key in enumerate(KEYS):
+        alone = make_fleet(family, layout, [key])
+        for name, value in alone.state_dict().items():
+            if name != "completed":
+                assert torch.equal(value[0], fleet.state_dict()[name][run])
+        torch.testing.assert_close(
+            loss_of(alone, codes[run : run + 1], [key]), together[run : run + 1]
+        )
+        assert torch.equal(alone.sample(40, FleetRng([key], dtype=torch.float64))[0], rows[run])
+
+
+# Samples
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, NO_TARGET, Layout((4,), 0), Layout((4,), None)])
+@families
+def test_samples_are_codes(family: str, layout: Layout) -> None:
+    model = make_fleet(family, layout, KEYS, double=False)
+    for rows in (1, 7):
+        codes = model.sample(rows, FleetRng(KEYS))
+        assert codes.shape == (3, rows, layout.columns)
+        assert codes.dtype == torch.int64
+        assert ((codes >= 0) & (codes < torch.tensor(layout.levels))).all()
+
+
+@families
+def test_many_rows_are_drawn_in_pieces_and_none_twice(family: str) -> None:
+    layout = Layout((200, 200, 2), target=2)
+    model = make_fleet(family, layout, [1], double=False)
+    codes = model.sample(9000, FleetRng([1]))[0].numpy()
+    assert codes.shape == (9000, 3)
+    same = (codes[:800] == codes[8192:8992]).all(1).mean()
+    assert same < 0.05
+    assert (codes[:2000] == codes[2048:4048]).all(1).mean() < 0.05
+
+
+@families
+def test_the_key_decides_the_table(family: str) -> None:
+    model = make_fleet(family, LAYOUT, KEYS, double=False)
+    first, again = (model.sample(50, FleetRng(KEYS)) for _ in range(2))
+    assert torch.equal(first, again)
+    other = model.sample(50, FleetRng([k + 100 for k in KEYS]))
+    assert all((other[run] != first[run]).any() for run in range(3))
+
+
+@pytest.mark.parametrize("jitter", [0.0, 4.0])
+@families
+def test_unused_levels_are_never_drawn(family: str, jitter: float) -> None:
+    """Whatever the weights, and whatever the noise has put on the target's empty levels."""
+    model = make_fleet(family, GAPS, KEYS, used=USED, jitter=jitter, double=False)
+    tables = [random_marginals(GAPS, key) for key in KEYS]
+    model.prepare(tables, [USED] * len(KEYS))
+    codes = model.sample(4000, FleetRng(KEYS))
+    allowed = [m.nonzero().flatten() for m in USED.split(list(GAPS.levels))]
+    for j, levels in enumerate(allowed):
+        assert torch.isin(codes[..., j], levels).all()
+
+
+@families
+def test_what_is_given_is_in_every_row(family: str) -> None:
+    model = make_fleet(family, LAYOUT, KEYS, double=False)
+    assert LAYOUT.target in model.conditions()
+    for column in model.conditions():
+        for level in range(LAYOUT.levels[column]):
+            codes = model.sample(30, FleetRng(KEYS), {column: level})
+            assert (codes[..., column] == level).all()
+            free = [j for j in range(LAYOUT.columns) if j != column]
+            assert all(codes[..., j].unique().numel() > 1 for j in free)
+    both = {column: LAYOUT.levels[column] - 1 for column in model.conditions()}
+    codes = model.sample(30, FleetRng(KEYS), both)
+    assert all((codes[..., column] == level).all() for column, level in both.items())
+    assert make_fleet(family, NO_TARGET, KEYS).conditions() <= frozenset(range(4))
+
+
+@families
+def test_untrained_samples_follow_the_tables(family: str) -> None:
+    """Each column by itself, and each column given the target where the family models that."""
+    layout, rows = LAYOUT, 6000
+    model = make_fleet(family, layout, KEYS, jitter=0.0, double=False)
+    codes = model.sample(rows, FleetRng(KEYS)).numpy()
+    for run, key in enumerate(KEYS):
+        tables = random_marginals(layout, key)
+        alone = np.split(tables.one_way().numpy(), layout.offsets[1:])
+        for j, law in enumerate(alone):
+            assert chi_square(np.bincount(codes[run, :, j], minlength=len(law)), law) > 1e-4
+    for group in range(layout.groups):
+        codes = model.sample(rows, FleetRng(KEYS), {2: group}).numpy()
+        for run, key in enumerate(KEYS):
+            tables = random_marginals(layout, key)
+            whole = tables.one_way() if family == "independent" else tables.given[group]
+            for j, law in enumerate(np.split(whole.numpy(), layout.offsets[1:])):
+                if j != layout.target:
+                    seen = np.bincount(codes[run, :, j], minlength=len(law))
+                    assert total_variation(seen, law) < 0.03
+                    # Thin groups lean a thousandth towards the column's own distribution.
+                    assert chi_square(seen, 0.999 * law + 0.001 * alone_of(tables, j)) > 1e-4
+
+
+def alone_of(tables: Any, column: int) -> np.ndarray:
+    return np.split(tables.one_way().numpy(), LAYOUT.offsets[1:])[column]
+
+
+@families
+def test_without_a_target_columns_follow_their_tables(family: str) -> None:
+    model = make_fleet(family, NO_TARGET, KEYS, jitter=0.0, double=False)
+    codes = model.sample(6000, FleetRng(KEYS)).numpy()
+    for run, key in enumerate(KEYS):
+        laws = np.split(random_marginals(NO_TARGET, key).one_way().numpy(), NO_TARGET.offsets[1:])
+        for j, law in enumerate(laws):
+            assert chi_square(np.bincount(codes[run, :, j], minlength=len(law)), law) > 1e-4
+
+
+# Losses
+
+
+def every_row(layout: Layout) -> Tensor:
+    """All rows that there are (1, rows, D)."""
+    return torch.tensor(list(itertools.product(*(range(n) for n in layout.levels))))[None]
+
+
+@pytest.mark.parametrize("family", ["naive_bayes", "independent"])
+@pytest.mark.parametrize("layout", [LAYOUT, NO_TARGET])
+def test_likelihoods_of_all_rows_add_up_to_one(family: str, layout: Layout) -> None:
+    model = make_fleet(family, layout, [4])
+    rows = every_row(layout)
+    likelihood = (-loss_of(model, rows, [4])).exp()
+    assert float(likelihood.sum()) == pytest.approx(1, abs=1e-9)
+    drawn = model.sample(20_000, FleetRng([4], dtype=torch.float64))[0].numpy()
+    places = np.ravel_multi_index(tuple(drawn.T), layout.levels)
+    assert chi_square(np.bincount(places, minlength=rows.shape[1]), likelihood[0].numpy()) > 1e-4
+
+
+def test_the_evidence_bound_stays_below_the_evidence() -> None:
+    """−loss ≤ log p(x) for every row, so the sum of exp(−loss) over all rows is 1 at most."""
+    for seed in range(3):
+        model = make_fleet("vae", LAYOUT, [seed], draws=400)
+        total = float((-loss_of(model, every_row(LAYOUT), [seed])).exp().sum())
+        assert 0.05 < total <= 1.0
+
+
+def test_an_untrained_encoder_and_decoder_are_naive_bayes() -> None:
+    vae, bayes = (make_fleet(name, LAYOUT, KEYS, jitter=0.0) for name in ("vae", "naive_bayes"))
+    codes = random_codes(LAYOUT, 3, 20)
+    torch.testing.assert_close(loss_of(vae, codes, KEYS), loss_of(bayes, codes, KEYS))
+
+
+def test_an_untrained_denoiser_predicts_the_tables() -> None:
+    model = make_fleet("diffusion", LAYOUT, [7], jitter=0.0)
+    codes, tables = every_row(LAYOUT), random_marginals(LAYOUT, 7)
+    hidden = torch.ones_like(codes, dtype=torch.bool)
+    hidden[..., 2] = False
+    found = model.logits(codes, hidden)[0].split(LAYOUT.levels, dim=-1)  # type: ignore[operator]
+    law = tables.given[codes[0, :, 2]].split(LAYOUT.levels, dim=-1)
+    for j in (0, 1, 3):
+        torch.testing.assert_close(found[j].softmax(-1), law[j], rtol=0, atol=2e-3)
+
+
+def test_a_denoiser_does_not_see_what_is_hidden() -> None:
+    model = make_fleet("diffusion", LAYOUT, KEYS)
+    codes, other = random_codes(LAYOUT, 3, 9), random_codes(LAYOUT, 3, 9, seed=1)
+    hidden = torch.from_numpy(np.random.default_rng(2).random((3, 9, 4)) < 0.5)
+    hidden[..., 2] = False  # the target is always shown
+    mixed = torch.where(hidden, other, codes)
+    assert torch.equal(model.logits(codes, hidden), model.logits(mixed, hidden))  # type: ignore[operator]
+    assert not torch.equal(model.logits(codes, hidden), model.logits(other, hidden))  # type: ignore[operator]
+
+
+def assert_samples_follow(model: Generator, key: int, law: np.ndarray) -> None:
+    """8000 rows against the probability of each row that there is."""
+    drawn = model.sample(8000, FleetRng([key], dtype=torch.float64))[0].numpy()
+    places = np.ravel_multi_index(tuple(drawn.T), LAYOUT.levels)
+    assert law.sum() == pytest.approx(1, abs=1e-9)
+    assert chi_square(np.bincount(places, minlength=law.size), law) > 1e-4
+
+
+def test_a_denoiser_samples_from_its_chain_rule_in_every_order() -> None:
+    """p(x) = p(target) · mean over orders of Π p(column | what was unveiled before)."""
+    model = make_fleet("diffusion", LAYOUT, [7], jitter=0.8)
+    rows, free = every_row(LAYOUT), [0, 1, 3]
+    law = torch.zeros(rows.shape[1], dtype=torch.float64)
+    for order in itertools.permutations(free):
+        hidden = torch.ones_like(rows, dtype=torch.bool)
+        hidden[..., 2] = False
+        chain = torch.ones_like(law)
+        for column in order:
+            with torch.no_grad():
+                logits = model.logits(rows, hidden)[0]  # type: ignore[operator]
+            block = logits.split(LAYOUT.levels, dim=-1)[column].softmax(-1)
+            chain *= block.gather(-1, rows[0, :, column, None])[:, 0]
+            hidden[..., column] = False
+        law += chain / 6
+    prior = random_marginals(LAYOUT, 7).prior
+    assert_samples_follow(model, 7, (law * prior[rows[0, :, 2]]).numpy())
+
+
+@pytest.mark.parametrize(("family", "decoder"), [("vae", "decode"), ("gan", "logits")])
+def test_decoders_sample_from_their_distributions_over_the_latent(
+    family: str, decoder: str
+) -> None:
+    """p(x) = p(target) · E_z Π p(column | z, target), by many z; never only the likeliest level."""
+    model = make_fleet(family, LAYOUT, [7], jitter=0.8)
+    prior, rows = random_marginals(LAYOUT, 7).prior, every_row(LAYOUT)[0]
+    law = np.zeros(len(rows))
+    for group in range(2):
+        z = draws([7], f"latent:{group}").normal(60_000, 3)
+        with torch.no_grad():
+            target = torch.full(z.shape[:2], group)
+            blocks = getattr(model, decoder)(z, target)[0].split(LAYOUT.levels, dim=-1)
+        soft = [block.softmax(-1).numpy() for block in blocks]
+        joint = np.einsum("za,zb,zd->abd", soft[0], soft[1], soft[3]) / 60_000
+        here = rows[:, 2] == group
+        a, b, _, d = rows[here].T.numpy()
+        law[here] = float(prior[group]) * joint[a, b, d]
+    assert_samples_follow(model, 7, law)
+
+
+def test_a_discriminator_is_asked_about_the_record_and_its_own_fakes() -> None:
+    """The loss from its parts: softplus(−D(x)) and the mean of softplus(D(fake))."""
+    model = make_fleet("gan", LAYOUT, [3], fakes=1)
+    codes = random_codes(LAYOUT, 1, 6)
+    real = model.attack_loss(codes, draws([3])).detach()  # −D(x)
+    total = loss_of(model, codes, [3])
+    fake_part = total - torch.nn.functional.softplus(real)
+    assert (fake_part > 0).all()
+    reachable = -model.attack_loss(every_row(LAYOUT), draws([3])).detach()[0]
+    allowed = torch.nn.functional.softplus(reachable)
+    targets = every_row(LAYOUT)[0, :, 2]
+    for record in range(6):
+        own = allowed[targets == codes[0, record, 2]]
+        assert (own - fake_part[0, record]).abs().min() < 1e-9
+
+
+@families
+def test_scores_are_minus_the_mean_loss_of_an_attacker(family: str) -> None:
+    model, codes = make_fleet(family, LAYOUT, KEYS), random_codes(LAYOUT, 3, 10)
+    rng = FleetRng(KEYS, dtype=torch.float64)
+    found = model.scores(codes, rng, draws=3)
+    losses = [model.attack_loss(codes, rng.at(f"attack:{d}", 0)).detach() for d in range(3)]
+    torch.testing.assert_close(found.double(), -torch.stack(losses).mean(0), rtol=1e-5, atol=1e-5)
+    pieces = model.scores(codes, rng, draws=3, piece=4)
+    assert pieces.shape == (3, 10)
+    torch.testing.assert_close(pieces[:, :4], model.scores(codes[:, :4], rng, draws=3))
+
+
+def test_finished_models_neither_learn_nor_hold_rows() -> None:
+    for family in FAMILIES:
+        model = make_fleet(family, LAYOUT, KEYS)
+        model.finish()
+        assert not any(p.requires_grad for p in model.parameters())
+        assert not any(module.training for module in model.modules())
+        assert not hasattr(model, "_codes")
+
+
+# Refusals
+
+
+@families
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"runs": 0}, "runs=0"),
+        ({"lr": 0.0}, "lr=0"),
+        ({"lr": math.inf}, "lr=inf"),
+        ({"average": 0.0}, "average=0"),
+        ({"average": 1.0}, "average=1"),
+        ({"block": 0}, "block=0"),
+    ],
+)
+def test_settings_of_all_families_are_checked(
+    family: str, settings: dict[str, Any], part: str
+) -> None:
+    with pytest.raises(UsageError, match=part):
+        FAMILIES[family](LAYOUT, **{"runs": 2, **settings})
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "part"),
+    [
+        ("vae", {"latent": 0}, "latent=0"),
+        ("vae", {"draws": 0}, "draws=0"),
+        ("vae", {"beta": 0.0}, "beta=0"),
+        ("gan", {"latent": 0}, "latent=0"),
+        ("gan", {"fakes": 0}, "fakes=0"),
+        ("gan", {"ladder": 0}, "ladder=0"),
+        ("gan", {"public_batch": 0}, "public_batch=0"),
+        ("gan", {"temperature": 0.0}, "temperature=0"),
+        ("gan", {"generator_lr": -1.0}, "generator_lr=-1"),
+        ("diffusion", {"draws": 0}, "draws=0"),
+    ],
+)
+def test_settings_of_a_family_are_checked(family: str, settings: dict[str, Any], part: str) -> None:
+    with pytest.raises(UsageError, match=part):
+        FAMILIES[family](LAYOUT, 1, **settings)
+
+
+def test_unknown_settings_are_refused() -> None:
+    for family in FAMILIES.values():
+        with pytest.raises(TypeError, match="depth"):
+            family(LAYOUT, 1, depth=3)
+
+
+@families
+def test_no_scores_without_draws(family: str) -> None:
+    with pytest.raises(UsageError, match="draws=0"):
+        make_fleet(family, LAYOUT, KEYS).scores(random_codes(LAYOUT, 3, 2), draws(KEYS), draws=0)
+
+
+def test_runs_of_one_fleet_take_the_same_number_of_steps() -> None:
+    plans = [NoPrivacy(10, steps=steps).calibrate() for steps in (3, 4)]
+    model = make_fleet("vae", LAYOUT, KEYS[:2])
+    with pytest.raises(UsageError, match="steps differ"):
+        batches = PoissonBatches([10, 10], [0.5, 0.5])
+        model.bind(random_codes(LAYOUT, 2, 10), batches, plans, FleetRng(KEYS[:2]))
