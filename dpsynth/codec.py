@@ -28,7 +28,7 @@ from dpsynth.schema import Column, Schema
 __all__ = ["Codec", "Layout"]
 
 _FANOUT = 16
-_MAX_CELLS = 2**21
+_MAX_CELLS = 2**24
 _UNKNOWN_STEP_CELLS = 2**16
 _HEAP_MASS = 0.002
 _HEAP_PROMINENCE = 4.0
@@ -91,24 +91,52 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """The public cells of a numeric column: cell c holds lower + c·step (or that interval)."""
+    """The public cells of a numeric column.
+
+    On an exact grid cell c is the value lower + c·step, otherwise the interval that begins there.
+    A *spot* is a single value that could be a heap: every cell of an exact grid; else only 0 and
+    the two bounds, where values of unknown resolution pile up.
+    """
 
     lower: float
+    upper: float
     step: float
     cells: int
     exact: bool
 
     @classmethod
     def of(cls, column: Column) -> Grid:
-        """The finest grid that the declared bounds and step allow, of at most 2^21 cells."""
+        """The finest grid that the declared bounds and step allow, of at most 2^24 cells."""
         assert column.lower is not None and column.upper is not None
         span = column.upper - column.lower
         if column.step is not None:
             cells = round(span / column.step) + 1
             if cells <= _MAX_CELLS:
-                return cls(column.lower, column.step, cells, exact=True)
+                return cls(column.lower, column.upper, column.step, cells, exact=True)
         cells = _UNKNOWN_STEP_CELLS
-        return cls(column.lower, span / cells, cells, exact=False)
+        return cls(column.lower, column.upper, span / cells, cells, exact=False)
+
+    @property
+    def points(self) -> np.ndarray:
+        """Values of the spots of a grid that is not exact."""
+        inner = [0.0] if self.lower < 0 < self.upper else []
+        return np.array([self.lower, *inner, self.upper])
+
+    @property
+    def spots(self) -> int:
+        """Number of spots."""
+        return self.cells if self.exact else len(self.points)
+
+    def spot(self, values: np.ndarray) -> np.ndarray:
+        """Spot of each value, -1 where it lies on none (missing values too)."""
+        if self.exact:
+            return np.where(np.isnan(values), -1, self.cell(values))
+        place = np.searchsorted(self.points, values).clip(max=len(self.points) - 1)
+        return np.where(self.points[place] == values, place, -1)
+
+    def at(self, spot: np.ndarray) -> np.ndarray:
+        """Value of each spot."""
+        return self._on_grid(spot) if self.exact else self.points[spot]
 
     def cell(self, values: np.ndarray) -> np.ndarray:
         """Cell number of each value (missing values give 0)."""
@@ -118,8 +146,14 @@ class Grid:
 
     def value(self, cell: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """A value in each cell."""
-        inside = 0.0 if self.exact else rng.random(len(cell))
-        return self.lower + (cell + inside) * self.step
+        if self.exact:
+            return self._on_grid(cell)
+        return self.lower + (cell + rng.random(len(cell))) * self.step
+
+    def _on_grid(self, cell: np.ndarray) -> np.ndarray:
+        # Without the rounding .1 + 2·.1 would read 0.30000000000000004.
+        digits = max(0, 6 - math.floor(math.log10(self.step)))
+        return np.round(self.lower + cell * self.step, digits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +167,7 @@ class NumericCoder:
         starts: First cell of each leaf of the tree, ascending (leaves,).
         mass: Noisy share of rows in each leaf (leaves,), at least 0.
         leaf_bin: Which bin a leaf belongs to (leaves,), ascending.
-        heaps: Cells that are levels of their own (at most `slots`,).
+        heaps: Spots that are levels of their own (at most `slots`,).
     """
 
     column: Column
@@ -159,13 +193,14 @@ class NumericCoder:
 
     def encode(self, values: pd.Series) -> np.ndarray:
         numbers = values.to_numpy(dtype=float, na_value=np.nan)
-        cell = Grid.of(self.column).cell(numbers)
-        leaf = np.searchsorted(self.starts, cell, side="right") - 1
+        grid = Grid.of(self.column)
+        leaf = np.searchsorted(self.starts, grid.cell(numbers), side="right") - 1
         codes = self.leaf_bin[leaf]
         if len(self.heaps):
+            spot = grid.spot(numbers)
             order = np.argsort(self.heaps)
-            place = np.searchsorted(self.heaps[order], cell).clip(max=len(self.heaps) - 1)
-            heap = self.heaps[order][place] == cell
+            place = np.searchsorted(self.heaps[order], spot).clip(max=len(self.heaps) - 1)
+            heap = self.heaps[order][place] == spot
             codes = np.where(heap, self.bins + order[place], codes)
         return np.where(np.isnan(numbers), self.levels - 1, codes)
 
@@ -173,11 +208,10 @@ class NumericCoder:
         grid = Grid.of(self.column)
         missing = (codes == self.levels - 1) & self.column.nullable
         heap = (codes >= self.bins) & ~missing
-        cell = np.zeros(len(codes), dtype=np.int64)
-        cell[heap] = self.heaps[codes[heap] - self.bins] if len(self.heaps) else 0
         binned = ~(heap | missing)
-        cell[binned] = self._cell_in_bin(codes[binned], rng)
-        values = np.where(missing, np.nan, grid.value(cell, rng))
+        values = np.full(len(codes), np.nan)
+        values[heap] = grid.at(self.heaps[codes[heap] - self.bins])
+        values[binned] = grid.value(self._cell_in_bin(codes[binned], rng), rng)
         series = pd.Series(values, name=self.column.name)
         if self.column.kind == "integer":
             return series.round().astype("Int64")
@@ -231,14 +265,16 @@ class NumericCoder:
     ) -> NumericCoder:
         """Find heaps on the finest grid, then bins on what is left; both pay the ledger."""
         grid = Grid.of(column)
-        cell = grid.cell(values.dropna().to_numpy(dtype=float))
+        present = values.dropna().to_numpy(dtype=float)
+        cell, spot = grid.cell(present), grid.spot(present)
         found, rest_rows = np.zeros(0, dtype=np.int64), float(rows)
-        if grid.exact and heaps:
+        if heaps:
             noise = measurer.histograms(f"heaps:{column.name}", 1)
-            noisy = noise(np.bincount(cell, minlength=grid.cells))
-            found = _find_heaps(noisy, noise.sigma, rows)[:heaps]
+            noisy = noise(np.bincount(spot[spot >= 0], minlength=grid.spots).astype(float))
+            around = _HEAP_WINDOW if grid.exact else 0
+            found = _find_heaps(noisy, noise.sigma, rows, around)[:heaps]
             rest_rows -= noisy[found].sum()
-        rest = cell[~np.isin(cell, found)]
+        rest = cell[~np.isin(spot, found)]
         depth = math.ceil(math.log(grid.cells, _FANOUT))
         noise = measurer.histograms(f"bins:{column.name}", depth)
         heavy = max(rest_rows / bins, rows * _LEAST_BIN, 3 * noise.sigma)
@@ -247,18 +283,22 @@ class NumericCoder:
         return cls(column, bins, heaps, starts, mass / rows, leaf_bin, found)
 
 
-def _find_heaps(noisy: np.ndarray, sigma: float, rows: int) -> np.ndarray:
-    """Cells far above both the noise and their neighbours, heaviest first.
+def _find_heaps(noisy: np.ndarray, sigma: float, rows: int, around: int) -> np.ndarray:
+    """Spots far above the noise and above their `around` neighbours on each side, heaviest first.
 
-    The noise threshold lets half a false cell through in expectation over the whole grid.
+    The noise threshold lets half a false spot through in expectation over the whole grid.
     """
     threshold = max(sigma * norm.isf(0.5 / len(noisy)), rows * _HEAP_MASS)
-    window = 2 * _HEAP_WINDOW + 1
-    around = np.convolve(noisy, np.ones(window), mode="same") - noisy
-    neighbours = np.convolve(np.ones(len(noisy)), np.ones(window), mode="same") - 1
-    usual = np.maximum(around / neighbours, 0)
-    cells = np.flatnonzero((noisy > threshold) & (noisy > _HEAP_PROMINENCE * usual))
-    return cells[np.argsort(-noisy[cells], kind="stable")]
+    spots = np.flatnonzero(noisy > threshold)
+    heavy = noisy[spots]
+    if around:
+        total = np.concatenate([[0.0], np.cumsum(noisy)])
+        first = np.maximum(spots - around, 0)
+        last = np.minimum(spots + around + 1, len(noisy))
+        usual = (total[last] - total[first] - heavy) / (last - first - 1)
+        prominent = heavy > _HEAP_PROMINENCE * np.maximum(usual, 0)
+        spots, heavy = spots[prominent], heavy[prominent]
+    return spots[np.argsort(-heavy, kind="stable")]
 
 
 def _grow_tree(

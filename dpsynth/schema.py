@@ -275,9 +275,18 @@ def _infer_column(name: str, values: pd.Series) -> Column:
         "integer" if whole else "decimal",
         lower=float(numbers.min()),
         upper=float(numbers.max()),
+        step=None if whole else _resolution(numbers),
         nullable=nullable,
         provenance="data",
     )
+
+
+def _resolution(numbers: np.ndarray) -> float | None:
+    """The decimal step that all values keep to, if it has at most four digits."""
+    for digits in range(1, 5):
+        if np.allclose(numbers, np.round(numbers, digits), rtol=0, atol=1e-9):
+            return 10.0**-digits
+    return None
 
 
 def as_level(values: pd.Series) -> pd.Series:

@@ -398,7 +398,7 @@ def test_a_condition_holds_in_every_row(
     assert len(made) == 80
     for name, value in where.items():
         assert (made[name] == value).all()
-    assert made[[n for n in SCHEMA.names if n not in where]].nunique().min() > 1
+    assert made["pay"].nunique() > 10, "the rest is still drawn"
     pd.testing.assert_frame_equal(made, free[model].sample(80, where=where, rng=2))
 
 

@@ -144,6 +144,8 @@ def NoPrivacy(rows: int, *, delta: float = 1e-5, **settings) -> PrivacyPlan:  # 
 
 def gaussian_event(what: str, mu: float) -> Event:
     """The event of a Gaussian mechanism with budget μ (σ = 1/μ); μ=∞ adds no noise."""
+    if mu <= 0:
+        raise UsageError(f"{what}: has no budget; give its stage a share in privacy.shares")
     if math.isinf(mu):
         return Event(what, "none")
     return Event(what, "gaussian", sigma=1 / mu)
