@@ -37,7 +37,12 @@ def write_folder(folder: Path, files: Mapping[str, bytes], lineage: Mapping[str,
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
-    partial.rename(folder)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -55,9 +60,9 @@ def read_folder(folder: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
         raise UsageError(f"run {str(folder)!r}: has no {MANIFEST}; it is not a finished run")
     try:
         manifest = json.loads(path.read_text())
-        version, listed = manifest["format"], manifest["files"]
-        lineage = manifest["lineage"]
-    except (ValueError, KeyError, TypeError) as error:
+        version, listed = manifest["format"], dict(manifest["files"].items())
+        lineage = dict(manifest["lineage"].items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"run {str(folder)!r}: {MANIFEST} is damaged; fetch it again") from error
     if version != FORMAT:
         raise UsageError(

@@ -20,7 +20,7 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from dpsynth.checks import check_count
+from dpsynth.checks import UsageError, check_count
 from dpsynth.data import Table
 from dpsynth.privacy.mechanisms import HistogramNoise, Measurer
 from dpsynth.schema import Column, Schema
@@ -28,7 +28,7 @@ from dpsynth.schema import Column, Schema
 __all__ = ["Codec", "Layout"]
 
 _FANOUT = 16
-_MAX_CELLS = 2**24
+_MAX_CELLS = 2**22
 _UNKNOWN_STEP_CELLS = 2**16
 _HEAP_MASS = 0.002
 _HEAP_PROMINENCE = 4.0
@@ -93,7 +93,8 @@ class Layout:
 class Grid:
     """The public cells of a numeric column.
 
-    On an exact grid cell c is the value lower + c·step, otherwise the interval that begins there.
+    On an exact grid cell c is the value lower + c·step. A grid too long for that holds `per`
+    neighbouring values a cell; one of unknown resolution (`per` 0) an interval of length `step`.
     A *spot* is a single value that could be a heap: every cell of an exact grid; else only 0 and
     the two bounds, where values of unknown resolution pile up.
     """
@@ -102,19 +103,32 @@ class Grid:
     upper: float
     step: float
     cells: int
-    exact: bool
+    per: int
+    values: int
 
     @classmethod
     def of(cls, column: Column) -> Grid:
-        """The finest grid that the declared bounds and step allow, of at most 2^24 cells."""
+        """The finest grid that the declared bounds and step allow, of at most 2^22 cells."""
         assert column.lower is not None and column.upper is not None
         span = column.upper - column.lower
-        if column.step is not None:
-            cells = round(span / column.step) + 1
-            if cells <= _MAX_CELLS:
-                return cls(column.lower, column.upper, column.step, cells, exact=True)
-        cells = _UNKNOWN_STEP_CELLS
-        return cls(column.lower, column.upper, span / cells, cells, exact=False)
+        if math.isinf(span):
+            raise UsageError(
+                f"column {column.name!r}: bounds {column.lower:g}..{column.upper:g} are too far "
+                "apart; narrow them"
+            )
+        if column.step is not None and span / column.step < 2**53:
+            values = round(span / column.step) + 1
+            per = 1 if values <= _MAX_CELLS else math.ceil(values / _UNKNOWN_STEP_CELLS)
+            cells, step = math.ceil(values / per), column.step
+        else:
+            values, per, cells = 0, 0, _UNKNOWN_STEP_CELLS
+            step = span / cells
+        return cls(column.lower, column.upper, step, cells, per, values)
+
+    @property
+    def exact(self) -> bool:
+        """Whether a cell is one value."""
+        return self.per == 1
 
     @property
     def points(self) -> np.ndarray:
@@ -141,19 +155,23 @@ class Grid:
     def cell(self, values: np.ndarray) -> np.ndarray:
         """Cell number of each value (missing values give 0)."""
         scaled = (np.nan_to_num(values, nan=self.lower) - self.lower) / self.step
-        number = np.round(scaled) if self.exact else np.floor(scaled)
+        number = np.round(scaled) // self.per if self.per else np.floor(scaled)
         return np.clip(number, 0, self.cells - 1).astype(np.int64)
 
     def value(self, cell: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """A value in each cell."""
         if self.exact:
             return self._on_grid(cell)
-        return self.lower + (cell + rng.random(len(cell))) * self.step
+        inside = rng.random(len(cell))
+        if not self.per:
+            return self.lower + (cell + inside) * self.step
+        held = np.minimum(self.per, self.values - cell * self.per)  # the last cell may hold fewer
+        return self._on_grid(cell * self.per + np.floor(inside * held))
 
-    def _on_grid(self, cell: np.ndarray) -> np.ndarray:
+    def _on_grid(self, number: np.ndarray) -> np.ndarray:
         # Without the rounding .1 + 2·.1 would read 0.30000000000000004.
         digits = max(0, 6 - math.floor(math.log10(self.step)))
-        return np.round(self.lower + cell * self.step, digits)
+        return np.round(self.lower + number * self.step, digits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +203,7 @@ class NumericCoder:
     @property
     def used(self) -> np.ndarray:
         mask = np.zeros(self.levels, dtype=bool)
-        mask[self.leaf_bin] = True
+        mask[self.leaf_bin[self._free()[1] > 0]] = True
         mask[self.bins : self.bins + len(self.heaps)] = True
         if self.column.nullable:
             mask[-1] = True
@@ -211,23 +229,42 @@ class NumericCoder:
         binned = ~(heap | missing)
         values = np.full(len(codes), np.nan)
         values[heap] = grid.at(self.heaps[codes[heap] - self.bins])
-        values[binned] = grid.value(self._cell_in_bin(codes[binned], rng), rng)
+        values[binned] = self._value_in_bin(codes[binned], grid, rng)
         series = pd.Series(values, name=self.column.name)
         if self.column.kind == "integer":
             return series.round().astype("Int64")
         return series.clip(self.column.lower, self.column.upper)
 
+    def _value_in_bin(self, codes: np.ndarray, grid: Grid, rng: np.random.Generator) -> np.ndarray:
+        """A value of each bin that is no heap."""
+        values = grid.value(self._cell_in_bin(codes, rng), rng)
+        if not grid.exact:  # a cell holds many values, at most three of them spots
+            while (again := np.flatnonzero(np.isin(grid.spot(values), self.heaps))).size:
+                values[again] = grid.value(self._cell_in_bin(codes[again], rng), rng)
+        return values
+
     def _cell_in_bin(self, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A leaf of the bin by its noisy mass, then a cell of that leaf uniformly."""
-        ends = np.append(self.starts[1:], Grid.of(self.column).cells)
+        """A leaf of the bin by its noisy mass, then a free cell of that leaf uniformly."""
+        first, free = self._free()
         chosen = np.zeros(len(codes), dtype=np.int64)
         for number in np.unique(codes):
             rows = codes == number
-            leaves = np.flatnonzero(self.leaf_bin == number)
-            weight = self.mass[leaves] + 1e-12 * (ends - self.starts)[leaves]
+            leaves = np.flatnonzero((self.leaf_bin == number) & (free > 0))
+            weight = self.mass[leaves] + 1e-12 * free[leaves]
             chosen[rows] = rng.choice(leaves, rows.sum(), p=weight / weight.sum())
-        width = ends[chosen] - self.starts[chosen]
-        return self.starts[chosen] + np.floor(rng.random(len(codes)) * width).astype(np.int64)
+        rank = first[chosen] + np.floor(rng.random(len(codes)) * free[chosen]).astype(np.int64)
+        taken = self._taken()
+        return rank + np.searchsorted(taken - np.arange(len(taken)), rank, side="right")
+
+    def _taken(self) -> np.ndarray:
+        """Cells that are heaps, ascending."""
+        return np.sort(self.heaps) if Grid.of(self.column).exact else self.heaps[:0]
+
+    def _free(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each leaf, the rank of its first cell and the number of its cells, heaps left out."""
+        edges = np.append(self.starts, Grid.of(self.column).cells)
+        ranks = edges - np.searchsorted(self._taken(), edges)
+        return ranks[:-1], np.diff(ranks)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -296,7 +333,9 @@ def _find_heaps(noisy: np.ndarray, sigma: float, rows: int, around: int) -> np.n
         first = np.maximum(spots - around, 0)
         last = np.minimum(spots + around + 1, len(noisy))
         usual = (total[last] - total[first] - heavy) / (last - first - 1)
-        prominent = heavy > _HEAP_PROMINENCE * np.maximum(usual, 0)
+        usual = np.maximum(usual, 0)
+        # Rows that the neighbours have too count for nothing against the noise.
+        prominent = (heavy > _HEAP_PROMINENCE * usual) & (heavy - usual > threshold)
         spots, heavy = spots[prominent], heavy[prominent]
     return spots[np.argsort(-heavy, kind="stable")]
 
@@ -436,9 +475,11 @@ class Codec:
 
     def code_of(self, name: str, value: object) -> int:
         """Level number of one value of a column, as `encode` gives it."""
+        coder = self.coders[self.schema.names.index(name)]
+        if coder.column.nullable and pd.isna(value):
+            return coder.levels - 1
         frame = pd.DataFrame({name: [value]})
         one = Table.from_frame(frame, self.schema.select([name]))
-        coder = self.coders[self.schema.names.index(name)]
         return int(coder.encode(one.frame[name])[0])
 
     def to_dict(self) -> dict[str, Any]:

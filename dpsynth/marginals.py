@@ -70,9 +70,11 @@ class Marginals:
         """Agree on the target's totals (their mean over tables), then fit every row to them."""
         masks = np.split(used, np.cumsum(layout.levels)[:-1])
         totals = np.mean([c[:, masks[j]].sum(1) for j, c in counts.items()], axis=0)
-        prior = _onto_simplex(totals, max(totals.sum(), 1.0))
         if layout.columns == 1 and layout.target is not None:
-            prior = _onto_simplex(np.diag(counts[0]), max(totals.sum(), 1.0))
+            totals = np.diag(counts[0])
+        occurs = np.ones(1, dtype=bool) if layout.target is None else masks[layout.target]
+        prior = np.zeros(layout.groups)
+        prior[occurs] = _onto_simplex(totals[occurs], max(totals[occurs].sum(), 1.0))
         blocks = []
         for j, levels in enumerate(layout.levels):
             block = np.zeros((layout.groups, levels))

@@ -244,6 +244,26 @@ def test_an_untrained_encoder_and_decoder_are_naive_bayes() -> None:
     torch.testing.assert_close(loss_of(vae, codes, KEYS), loss_of(bayes, codes, KEYS))
 
 
+def test_a_loss_is_minus_the_evidence_bound() -> None:
+    """Against torch's own normal distribution and divergence, from the same draws."""
+    model, codes = make_fleet("vae", LAYOUT, KEYS), random_codes(LAYOUT, 3, 9)
+    network, group = model.network, codes[..., 2]
+    stats = network["encoder"](LAYOUT.one_hot(codes, torch.float64))  # type: ignore[index, operator]
+    mean, log_var = stats[..., :3], stats[..., 3:]
+    code = torch.distributions.Normal(mean, log_var.exp().sqrt())
+    unit = torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
+    noise = draws(KEYS).normal(9, 2, 3)
+    fits = []
+    for k in range(2):
+        z = code.mean + code.stddev * noise[:, :, k]
+        blocks = model.decode(z, group).split(LAYOUT.levels, dim=-1)  # type: ignore[operator]
+        columns = zip(blocks, codes.unbind(-1), strict=True)
+        fits.append(sum(torch.distributions.Categorical(logits=b).log_prob(c) for b, c in columns))
+    divergence = torch.distributions.kl_divergence(code, unit).sum(-1)
+    expected = divergence - torch.stack(fits).mean(0)  # type: ignore[arg-type]
+    torch.testing.assert_close(loss_of(model, codes, KEYS), expected.detach())
+
+
 def test_an_untrained_denoiser_predicts_the_tables() -> None:
     model = make_fleet("diffusion", LAYOUT, [7], jitter=0.0)
     codes, tables = every_row(LAYOUT), random_marginals(LAYOUT, 7)

@@ -526,12 +526,16 @@ def test_a_measurer_answers_no_more_than_it_was_given_for() -> None:
         noise(np.zeros(3))
 
 
-@pytest.mark.parametrize("mu", [0.0, -1.0, math.nan])
-def test_a_measurer_without_a_budget_refuses(mu: float) -> None:
+@pytest.mark.parametrize(
+    ("mu", "part"), [(0.0, "no budget"), (-1.0, "no budget"), (math.nan, "nan")]
+)
+def test_a_measurer_without_a_budget_refuses(mu: float, part: str) -> None:
     """A stage without a share, asked all the same."""
-    measurer = Measurer(Ledger(DELTA), mu, 1, np.random.default_rng(0))
-    with pytest.raises(UsageError, match="give its stage a part"):
+    ledger = Ledger(DELTA)
+    measurer = Measurer(ledger, mu, 1, np.random.default_rng(0))
+    with pytest.raises(UsageError, match=part):
         measurer.histograms("heaps:age", 1)
+    assert not ledger.events
 
 
 def test_a_measurer_refuses_to_count_nothing() -> None:

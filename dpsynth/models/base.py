@@ -103,6 +103,9 @@ class Generator(lightning.LightningModule, ABC):
         prior = torch.stack([m.prior.clamp_min(1e-6).log() for m in marginals])
         given = torch.stack([m.logits(self.layout) for m in marginals])
         mask = torch.stack(list(used))[:, None, :]
+        if self.layout.target is not None:
+            start, groups = self.layout.offsets[self.layout.target], self.layout.groups
+            prior = torch.where(mask[:, 0, start : start + groups], prior, _NEVER)
         self.prior_logits.copy_(prior)
         self.given_logits.copy_(torch.where(mask, given, _NEVER))
 

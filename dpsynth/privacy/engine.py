@@ -21,13 +21,14 @@ from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientCli
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
-from dpsynth.checks import UsageError, check_choice
+from dpsynth.checks import UsageError, check_choice, check_positive
 from dpsynth.networks import FleetLinear
 from dpsynth.randomness import FleetRng
 
 __all__ = ["ENGINES", "FleetOptimizer", "PrivateEngine"]
 
 LossOf = Callable[[], Tensor]
+_Pair = tuple[FleetLinear, Tensor, Tensor]
 
 
 class Clipper(ABC):
@@ -62,6 +63,19 @@ class Clipper(ABC):
         factor = (self.bound[:, None] / (norms + 1e-6)).clamp(max=1.0)
         return torch.where(norms.isfinite(), factor, 0.0) * counts
 
+    def reduce(self, pairs: Sequence[_Pair], squared: Tensor, counts: Tensor) -> None:
+        """Add Σ_i factor_i · a_i b_iᵀ to every layer, from what `_Taps` saw."""
+        factor = self.factors(squared, counts)[..., None, None]
+        broken = not bool(squared.isfinite().all())
+        for layer, a, b in pairs:
+            weighted = b * factor
+            if broken:  # 0 · inf is NaN, so such records are taken out rather than weighted
+                weighted = torch.where(factor > 0, weighted, 0.0)
+                a = torch.where(factor > 0, a, 0.0)
+            flat = weighted.flatten(1, 2)
+            _add(layer.weight, a.flatten(1, 2).mT @ flat)
+            _add(layer.bias, flat.sum(1))
+
 
 def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
     held = getattr(parameter, "summed_grad", None)
@@ -87,49 +101,50 @@ def squared_norms(a: Tensor, b: Tensor) -> Tensor:
     return ((a @ a.mT + 1) * (b @ b.mT)).sum((-1, -2))
 
 
+class _Taps:
+    """While it is entered: what goes into every layer and what comes out, in order."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._layers = [m for m in network.modules() if isinstance(m, FleetLinear)]
+        self._inputs: dict[FleetLinear, list[Tensor]] = {layer: [] for layer in self._layers}
+        self._outputs: dict[FleetLinear, list[Tensor]] = {layer: [] for layer in self._layers}
+
+    def __enter__(self) -> _Taps:
+        self._handles = [layer.register_forward_hook(self._tap) for layer in self._layers]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _tap(self, layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        assert isinstance(layer, FleetLinear)
+        self._inputs[layer].append(args[0].detach())
+        self._outputs[layer].append(out)
+
+    def pairs(self, loss: Tensor) -> list[_Pair]:
+        """(layer, inputs, gradients at its outputs) of every layer that was used, each
+        (runs, batch, draws, features); the uses of one layer stand side by side as draws."""
+        used = [layer for layer in self._layers if self._outputs[layer]]
+        flat = [out for layer in used for out in self._outputs[layer]]
+        gradients = iter(torch.autograd.grad(loss.sum(), flat))
+        pairs = []
+        for layer in used:
+            b = torch.cat([_draws(next(gradients)) for _ in self._outputs[layer]], dim=2)
+            pairs.append((layer, torch.cat([_draws(a) for a in self._inputs[layer]], dim=2), b))
+        return pairs
+
+
 class TapClipper(Clipper):
     """Closed-form norms from taps at the layers' inputs and outputs; no per-record gradient."""
 
     def accumulate(self, losses: LossOf, counts: Tensor) -> Tensor:
-        layers = [m for m in self.network.modules() if isinstance(m, FleetLinear)]
-        inputs: dict[FleetLinear, list[Tensor]] = {layer: [] for layer in layers}
-        outputs: dict[FleetLinear, list[Tensor]] = {layer: [] for layer in layers}
-
-        def tap(layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            assert isinstance(layer, FleetLinear)
-            inputs[layer].append(args[0].detach())
-            outputs[layer].append(out)
-
-        handles = [layer.register_forward_hook(tap) for layer in layers]
-        try:
+        with _Taps(self.network) as taps:
             loss = losses()
-        finally:
-            for handle in handles:
-                handle.remove()
-        used = [layer for layer in layers if outputs[layer]]
-        flat = [out for layer in used for out in outputs[layer]]
-        gradients = iter(torch.autograd.grad(loss.sum(), flat))
-        pairs = []
-        for layer in used:
-            b = torch.cat([_draws(next(gradients)) for _ in outputs[layer]], dim=2)
-            pairs.append((layer, torch.cat([_draws(a) for a in inputs[layer]], dim=2), b))
+        pairs = taps.pairs(loss)
         squared = torch.stack([squared_norms(a, b) for _, a, b in pairs]).sum(0)
-        self._reduce(pairs, squared, counts)
+        self.reduce(pairs, squared, counts)
         return loss.detach()
-
-    def _reduce(
-        self, pairs: list[tuple[FleetLinear, Tensor, Tensor]], squared: Tensor, counts: Tensor
-    ) -> None:
-        factor = self.factors(squared, counts)[..., None, None]
-        broken = not bool(squared.isfinite().all())
-        for layer, a, b in pairs:
-            weighted = b * factor
-            if broken:  # 0 · inf is NaN, so such records are taken out rather than weighted
-                weighted = torch.where(factor > 0, weighted, 0.0)
-                a = torch.where(factor > 0, a, 0.0)
-            flat = weighted.flatten(1, 2)
-            _add(layer.weight, a.flatten(1, 2).mT @ flat)
-            _add(layer.bias, flat.sum(1))
 
 
 class HooksClipper(Clipper):
@@ -170,11 +185,16 @@ class GhostClipper(Clipper):
 
     def accumulate(self, losses: LossOf, counts: Tensor) -> Tensor:
         self._hooked.enable_hooks()
-        loss = losses()
+        with _Taps(self.network) as taps:
+            loss = losses()
         loss.sum().backward(retain_graph=True)
         self._hooked.disable_hooks()
-        factor = self.factors(self._hooked.get_norm_sample().square().mT, counts)
         self.network.zero_grad()
+        squared = self._hooked.get_norm_sample().square().mT
+        if not bool(squared.isfinite().all()):  # a second backward would spread 0 · inf = NaN
+            self.reduce(taps.pairs(loss), squared, counts)
+            return loss.detach()
+        factor = self.factors(squared, counts)
         kept = torch.where(factor > 0, loss * factor, 0.0)
         kept.sum().backward()
         for parameter in self.network.parameters():
@@ -276,16 +296,21 @@ class PrivateEngine:
         mode: str = "taps",
     ) -> None:
         check_choice("engine", mode, ENGINES)
-        for s, c in zip(sigma, bound, strict=True):
+        for s, c, size in zip(sigma, bound, batch, strict=True):
+            # NaN fails each of these: no noise by accident.
+            if not 0 <= s < math.inf:
+                raise UsageError(f"sigma={s}: must be a number of at least 0")
+            check_positive("clip", c, allow_inf=True)
+            check_positive("batch", size)
             if s > 0 and math.isinf(c):
                 raise UsageError(f"sigma={s} with clip={c}: noise needs a finite clipping bound")
             if s == 0 and math.isfinite(c):
                 raise UsageError(f"sigma={s} with clip={c}: clipping without noise is not private")
         like = next(network.parameters())
         scales = [torch.tensor(list(v), dtype=like.dtype) for v in (sigma, bound, batch)]
-        noise, clip, size = (scale.to(like.device) for scale in scales)
+        noise, clip, expected = (scale.to(like.device) for scale in scales)
         self.clipper = ENGINES[mode](network, clip)
-        self.optimizer = FleetOptimizer(optimizer, sigma=noise, bound=clip, batch=size)
+        self.optimizer = FleetOptimizer(optimizer, sigma=noise, bound=clip, batch=expected)
 
     def accumulate(self, losses: LossOf, counts: Tensor) -> Tensor:
         """Add one piece of the batch; see `Clipper.accumulate`."""

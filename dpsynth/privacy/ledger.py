@@ -8,13 +8,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from numbers import Real
 from typing import Any
 
 import numpy as np
 from dp_accounting.pld import privacy_loss_distribution as pld
 from opacus.accountants import PRVAccountant
 
-from dpsynth.checks import UsageError, check_choice, check_count
+from dpsynth.checks import UsageError, check_choice, check_count, check_fraction
 
 __all__ = ["MECHANISMS", "Event", "Ledger", "compose_epsilon", "second_opinion"]
 
@@ -46,6 +47,11 @@ class Event:
     def __post_init__(self) -> None:
         check_choice(f"mechanism of {self.what!r}", self.mechanism, MECHANISMS)
         check_count(f"steps of {self.what!r}", self.steps)
+        for name in ("sigma", "q"):
+            if not isinstance(getattr(self, name), Real):
+                raise UsageError(
+                    f"event {self.what!r}: {name}={getattr(self, name)!r}; must be a number"
+                )
         if self.mechanism != "none" and not (math.isfinite(self.sigma) and self.sigma > 0):
             raise UsageError(f"event {self.what!r}: sigma={self.sigma}; must be above 0")
         if not 0 < self.q <= 1:
@@ -66,6 +72,7 @@ class Ledger:
     """
 
     def __init__(self, delta: float, *, unit: str = "record", relation: str = "add_remove") -> None:
+        check_fraction("delta", delta)
         check_choice("unit", unit, ("record",))
         check_choice("relation", relation, ("add_remove",))
         self.delta = delta
@@ -112,17 +119,33 @@ class Ledger:
 
     @classmethod
     def from_json(cls, text: str) -> Ledger:
-        """Inverse of `to_json`; an unknown mechanism or key is refused."""
-        body: dict[str, Any] = json.loads(text)
-        if body.get("format") != 1:
-            raise UsageError(f"ledger format={body.get('format')}: this version reads 1")
+        """Inverse of `to_json`; what is unknown or missing is refused, never guessed."""
+        try:
+            body: dict[str, Any] = json.loads(text)
+        except ValueError as error:
+            raise UsageError(f"ledger is not JSON: {error}") from error
+        if not isinstance(body, dict) or body.get("format") != 1:
+            found = body.get("format") if isinstance(body, dict) else None
+            raise UsageError(f"ledger format={found}: this version reads 1")
+        _check_keys("ledger", body, ("format", "unit", "relation", "delta", "accountant", "events"))
         ledger = cls(body["delta"], unit=body["unit"], relation=body["relation"])
-        for row in body["events"]:
-            unknown = sorted(set(row) - set(Event.__dataclass_fields__))
-            if unknown:
-                raise UsageError(f"ledger event {row.get('what')!r}: unknown key {unknown[0]!r}")
+        if not isinstance(body["events"], list):
+            raise UsageError("ledger events: must be a list")
+        for number, row in enumerate(body["events"]):
+            _check_keys(f"ledger event {number}", row, tuple(Event.__dataclass_fields__))
             ledger._events.append(Event(**row))
         return ledger
+
+
+def _check_keys(name: str, found: Any, wanted: Sequence[str]) -> None:
+    """Refuse anything but a mapping with exactly the keys `wanted`."""
+    if not isinstance(found, dict):
+        raise UsageError(f"{name}: must be an object with keys {', '.join(wanted)}")
+    for key in sorted(set(found) - set(wanted)):
+        raise UsageError(f"{name}: unknown key {key!r}")
+    for key in wanted:
+        if key not in found:
+            raise UsageError(f"{name}: {key!r} is missing")
 
 
 def compose_epsilon(events: Sequence[Event], delta: float, interval: float = _FINE) -> float:
