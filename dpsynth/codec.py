@@ -476,7 +476,8 @@ class Codec:
     def code_of(self, name: str, value: object) -> int:
         """Level number of one value of a column, as `encode` gives it."""
         coder = self.coders[self.schema.names.index(name)]
-        if coder.column.nullable and pd.isna(value):
+        missing = value is None or value is pd.NA or value != value
+        if coder.column.nullable and missing:
             return coder.levels - 1
         frame = pd.DataFrame({name: [value]})
         one = Table.from_frame(frame, self.schema.select([name]))
