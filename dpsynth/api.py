@@ -74,12 +74,11 @@ def evaluate(
 
     Tables are given as in `fit`; without a schema one is drafted from all three.
     """
-    parts = [_frame(part) for part in (train, holdout, synthetic)]
+    parts = (train, holdout, synthetic)
     if schema is None:
-        schema = next(
-            (p.schema for p in (train, holdout, synthetic) if isinstance(p, Table)),
-            None,
-        ) or Schema.infer(pd.concat(parts, ignore_index=True), target)
+        schema = next((part.schema for part in parts if isinstance(part, Table)), None)
+    if schema is None:
+        schema = Schema.infer(pd.concat(map(_frame, parts), ignore_index=True), target)
     real, held, made = (_table(part, schema) for part in parts)
     rng = np.random.default_rng(seed)
     return evaluation.evaluate(
@@ -92,7 +91,11 @@ def _frame(data: Any) -> pd.DataFrame:
         return data.frame
     if isinstance(data, (str, Path)):
         return read_frame(data)
-    return data if isinstance(data, pd.DataFrame) else data.to_pandas()
+    if isinstance(data, pd.DataFrame):
+        return data
+    if not hasattr(data, "to_pandas"):
+        raise UsageError(f"table of type {type(data).__name__}: give a pandas frame or a path")
+    return data.to_pandas()
 
 
 def _table(data: Any, schema: Schema | str | Path | None) -> Table:
@@ -101,4 +104,6 @@ def _table(data: Any, schema: Schema | str | Path | None) -> Table:
     if schema is None:
         raise UsageError("schema is missing; declare one (draft it with Schema.infer)")
     known = schema if isinstance(schema, Schema) else Schema.load(schema)
+    if isinstance(data, (str, Path)):
+        return Table.read(data, known)  # which leaves the text of categories as it stands
     return Table.from_frame(_frame(data), known)

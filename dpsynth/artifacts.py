@@ -32,6 +32,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], lineage: Mapping[str,
         "lineage": dict(lineage),
         "files": {n: hashlib.sha256(c).hexdigest() for n, c in sorted(files.items())},
     }
+    manifest["sha256"] = _own_hash(manifest)
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -62,6 +63,7 @@ def read_folder(folder: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
         manifest = json.loads(path.read_text())
         version, listed = manifest["format"], dict(manifest["files"].items())
         lineage = dict(manifest["lineage"].items())
+        own = manifest.pop("sha256", None)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"run {str(folder)!r}: {MANIFEST} is damaged; fetch it again") from error
     if version != FORMAT:
@@ -76,4 +78,11 @@ def read_folder(folder: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
         files[name] = file.read_bytes()
         if hashlib.sha256(files[name]).hexdigest() != digest:
             raise UsageError(f"run {str(folder)!r}: {name} differs from its hash; fetch it again")
+    if own != _own_hash(manifest):
+        raise UsageError(f"run {str(folder)!r}: {MANIFEST} differs from its hash; fetch it again")
     return files, lineage
+
+
+def _own_hash(manifest: Mapping[str, Any]) -> str:
+    """sha256 of the manifest itself, so that a slip in its lineage does not pass either."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

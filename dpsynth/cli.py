@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import hydra
 import pandas as pd
@@ -18,6 +18,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
@@ -78,6 +79,11 @@ def _guarded(work: Callable[[], None], debug: bool) -> int:
         return 3 if isinstance(error, RefusedError) else 2
     except BrokenPipeError:  # the reader has seen enough, as in `dpsynth inspect RUN | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a folder that is none, no right to write, a full disk
+        if debug:
+            raise
+        print(f"dpsynth: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("dpsynth: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
@@ -115,8 +121,11 @@ def _dispatch(arguments: list[str]) -> None:
 
 def configure(overrides: Sequence[str]) -> DictConfig:
     """Compose `conf/config.yaml` with overrides; unknown keys and missing values are refused."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", list(overrides))
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("config", list(overrides))
+    except ValueError as error:  # what Hydra makes of `=1`
+        raise UsageError(_one_line(error)) from error
     missing = OmegaConf.missing_keys(cfg)
     if missing:
         raise UsageError(f"{sorted(missing)[0]}: needs a value; give {sorted(missing)[0]}=…")
@@ -128,6 +137,9 @@ def expand(overrides: Sequence[str]) -> list[tuple[DictConfig, str]]:
     command line lists none; with it what sets its recipe apart (not model, ε or seed)."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     fixed = [o.input_line for o in parsed if not o.is_sweep_override()]
+    for override in parsed:
+        if override.value_type == ValueType.GLOB_CHOICE_SWEEP:
+            raise UsageError(f"{override.input_line}: list the values instead of glob()")
     listed = {
         o.get_key_element(): [str(v) for v in o.sweep_string_iterator()]
         for o in parsed
@@ -135,7 +147,9 @@ def expand(overrides: Sequence[str]) -> list[tuple[DictConfig, str]]:
     }
     first = configure([cast(str, f) for f in fixed] + [f"{k}={v[0]}" for k, v in listed.items()])
     given = {o.get_key_element() for o in parsed}
-    grid = cast(dict[str, Any], OmegaConf.to_container(first.grid))
+    grid = OmegaConf.to_container(first).get("grid")
+    if not isinstance(grid, dict):
+        raise UsageError(f"grid={grid}: must map keys to lists of values")
     listed |= {k: [str(v) for v in vs] for k, vs in _flat(grid).items() if k not in given}
     choices = [[f"{key}={value}" for value in values] for key, values in listed.items()]
     return [
@@ -145,8 +159,9 @@ def expand(overrides: Sequence[str]) -> list[tuple[DictConfig, str]]:
 
 
 def _variant(choice: Sequence[str]) -> str:
-    usual = ("model=", "privacy.epsilon=", "seed=")
-    return " ".join(c.rsplit(".", 1)[-1] for c in choice if not c.startswith(usual))
+    usual = ("model", "privacy.epsilon", "seed")
+    pairs = [c.lstrip("+").split("=", 1) for c in choice]
+    return " ".join(f"{k.rsplit('.', 1)[-1]}={v}" for k, v in pairs if k not in usual)
 
 
 def _flat(grid: dict[str, Any], above: str = "") -> dict[str, list[Any]]:
@@ -165,7 +180,9 @@ def point_of(cfg: DictConfig, variant: str = "") -> Point:
     """The typed point of a grid that a configuration describes."""
     plain = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     privacy = dict(plain["privacy"])
-    epsilon = _number("privacy.epsilon", privacy.pop("epsilon"))
+    epsilon = _number("privacy.epsilon", privacy.pop("epsilon", None))
+    for name in plain["training"]:
+        check_choice("training setting", name, ("engine", "piece", "device"))
     recipe = Recipe(
         plain["model"]["name"],
         plain["model"]["options"],
@@ -191,10 +208,14 @@ def split_of(cfg: DictConfig) -> Split:
     check_choice("data.split", data.split, ("official", "random"))
     if data.path is None:
         table = datasets.load(data.name)
+    elif data.schema is None:
+        raise UsageError("data.schema: needs a value; give data=file data.path=… data.schema=…")
     else:
-        schema = Schema.load(data.schema)
-        table = Table.read(data.path, schema, strict=data.strict)
-    table = table.select(table.schema.drop(list(data.drop)).names)
+        table = Table.read(str(data.path), Schema.load(str(data.schema)), strict=data.strict)
+    left_out = OmegaConf.to_container(data).get("drop")
+    if not isinstance(left_out, list):
+        raise UsageError(f"data.drop={left_out}: must be a list, as in data.drop=[name]")
+    table = table.select(table.schema.drop(left_out).names)
     rng = stream(data.split_seed, "split")
     if data.split == "official":
         if data.path is not None:
@@ -216,11 +237,11 @@ def judging_of(cfg: DictConfig) -> Judging:
 
 def logger_of(cfg: DictConfig) -> LoggerOf:
     """Loggers of one fleet: CSV always, W&B where asked for."""
+    check_choice("logger.mode", cfg.logger.mode, ("offline", "online"))
 
     def make(folder: Path) -> list[Logger]:
         loggers: list[Logger] = [CSVLogger(folder.parent, name=folder.name)]
         if cfg.logger.wandb:
-            check_choice("logger.mode", cfg.logger.mode, ("offline", "online"))
             folder.mkdir(parents=True, exist_ok=True)
             offline = cfg.logger.mode == "offline"
             loggers.append(
@@ -232,6 +253,13 @@ def logger_of(cfg: DictConfig) -> LoggerOf:
 
 
 # -- commands ------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses arguments like everything else does: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
 def _help_keys() -> None:
@@ -259,21 +287,23 @@ def _train_one(cfg: DictConfig, folder: Path | None) -> None:
     if out.exists():
         raise UsageError(f"out={str(out)!r}: exists already; choose another or remove it")
     split = split_of(cfg)
+    judging, loggers = judging_of(cfg), logger_of(cfg)
     work = out.with_name(f".{out.name}.work")
-    logs = out.parent / "logs"
+    begun, logs = work.exists(), out.parent / "logs"
     try:
         run_sweep(
             [point],
             split,
             work,
             data=cfg.data.name,
-            judging=judging_of(cfg),
+            judging=judging,
             console=console,
-            logger=lambda _: logger_of(cfg)(logs / out.name),
+            logger=lambda _: loggers(logs / out.name),
             with_controls=False,
         )
-    except UsageError:  # nothing to go on from
-        shutil.rmtree(work, ignore_errors=True)
+    except UsageError:
+        if not begun:  # else it may hold hours of work that this command has no say in
+            shutil.rmtree(work, ignore_errors=True)
         raise
     (work / "runs" / point.name).rename(out)
     shutil.rmtree(work)
@@ -317,7 +347,7 @@ def _draw(table: pd.DataFrame, sweep: Path, out: Path, x: str) -> None:
 
 
 def _frontier(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="dpsynth frontier", description=gather.__doc__)
+    parser = _Parser(prog="dpsynth frontier", description=gather.__doc__)
     parser.add_argument("sweep", type=Path, help="folder that a sweep wrote")
     parser.add_argument("--x", default="tvd2", help="metric on the fidelity axis")
     parser.add_argument("--out", type=Path, help="folder to write; SWEEP/frontier by default")
@@ -328,7 +358,7 @@ def _frontier(arguments: list[str]) -> None:
 
 
 def _sample(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="dpsynth sample", description="Draw a table from a run.")
+    parser = _Parser(prog="dpsynth sample", description="Draw a table from a run.")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--rows", type=int, required=True, help="number of rows")
     parser.add_argument("--where", help="condition, e.g. \"income='>50K' and sex=Male\"")
@@ -341,7 +371,7 @@ def _sample(arguments: list[str]) -> None:
 
 
 def _evaluate(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dpsynth evaluate",
         description="Judge any generator's table, or a run, against real rows.",
     )
@@ -373,14 +403,13 @@ def _judged_tables(options: argparse.Namespace) -> tuple[Table, Table, Table]:
     """Real, holdout and synthetic rows under one schema: the given one, the run's, or a draft from
     all three, so that a level or value that only the synthetic table has counts as it is."""
     run = Run.load(options.synthetic) if options.synthetic.is_dir() else None
-    frames = [read_frame(options.real), read_frame(options.holdout)]
-    if run is None:
-        frames.append(read_frame(options.synthetic))
+    paths = [options.real, options.holdout] + ([options.synthetic] if run is None else [])
+    schema = None if run is None else run.schema
     if options.schema is not None:
         schema = Schema.load(options.schema)
-    elif run is not None:
-        schema = run.schema
-    else:
+    text = [] if schema is None else [c.name for c in schema.columns if not c.numeric]
+    frames = [read_frame(path, text) for path in paths]
+    if schema is None:
         for frame, name in zip(frames[1:], ("holdout", "synthetic"), strict=True):
             if odd := set(frame.columns) ^ set(frames[0].columns):
                 raise UsageError(f"column {sorted(odd)[0]!r}: not in both --real and the {name}")
@@ -406,7 +435,7 @@ def _print_report(report: Report) -> None:
 
 
 def _inspect(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="dpsynth inspect", description="What is in a run folder.")
+    parser = _Parser(prog="dpsynth inspect", description="What is in a run folder.")
     parser.add_argument("run", type=Path)
     files, lineage = read_folder(parser.parse_args(arguments).run)
     shown = {
@@ -419,7 +448,7 @@ def _inspect(arguments: list[str]) -> None:
 
 
 def _schema(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="dpsynth schema", description="Draft or check a schema.")
+    parser = _Parser(prog="dpsynth schema", description="Draft or check a schema.")
     actions = parser.add_subparsers(dest="action", required=True)
     infer = actions.add_parser("infer", help="draft a schema from rows; a person must declare it")
     infer.add_argument("data", type=Path)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpsynth.checks import check_count
 from dpsynth.randomness import FleetRng
 
 __all__ = ["FleetLinear", "Mlp", "column_log_likelihood", "sample_columns"]
@@ -51,6 +52,8 @@ class Mlp(nn.Module):
 
     def __init__(self, runs: int, widths: Sequence[int]) -> None:
         super().__init__()
+        for width in widths:
+            check_count("width of a layer", width)
         self.layers = nn.ModuleList(FleetLinear(runs, a, b) for a, b in pairwise(widths))
 
     def reset(self, rng: FleetRng, name: str, *, fan: int | None = None, zero: bool = True) -> None:

@@ -17,17 +17,24 @@ from dpsynth.randomness import FleetRng, derive, fresh_key, stream
 __all__ = ["parse_where", "sample_table"]
 
 _ATTEMPTS = 50
-_CONDITION = re.compile(r"\s*([^=<>]+?)\s*=\s*(?:'([^']*)'|\"([^\"]*)\"|(\S+))\s*")
+_CONDITION = re.compile(
+    r"\s*([^=<>]+?)\s*=\s*(?:'([^']*)'|\"([^\"]*)\"|([^\s='\"]\S*))(\s+and\s|\s*$)"
+)
 
 
 def parse_where(text: str) -> dict[str, str]:
     """`"income='>50K' and sex=Male"` as a mapping of column to value."""
-    conditions = {}
-    for part in re.split(r"\s+and\s+", text.strip()):
-        match = _CONDITION.fullmatch(part)
+    conditions: dict[str, str] = {}
+    place, more = 0, True
+    while more:
+        match = _CONDITION.match(text, place)
         if match is None:
-            raise UsageError(f"where={part!r}: write column='value', joined by ' and '")
-        conditions[match[1]] = next(value for value in match.groups()[1:] if value is not None)
+            raise UsageError(f"where={text[place:]!r}: write column='value', joined by ' and '")
+        name, *values, joint = match.groups()
+        if name in conditions:
+            raise UsageError(f"where={text!r}: column {name!r} stands twice; give it one value")
+        conditions[name] = next(value for value in values if value is not None)
+        place, more = match.end(), bool(joint.strip())
     return conditions
 
 
@@ -56,13 +63,13 @@ def sample_table(
     """
     check_count("rows", rows)
     key = fresh_key() if rng is None else rng
-    wanted = dict(where or {})
-    given = {}
-    for name, value in wanted.items():
-        codec.schema[name]  # an unknown column is refused here
-        place = codec.schema.names.index(name)
-        if place in generator.conditions():
-            given[place] = codec.code_of(name, value)
+    wanted = {name: _declared(codec, name, value) for name, value in (where or {}).items()}
+    places = {codec.schema.names.index(name): name for name in wanted}
+    given = {
+        place: codec.code_of(name, wanted[name])
+        for place, name in places.items()
+        if place in generator.conditions()
+    }
     kept: list[Table] = []
     have = 0
     for attempt in range(_ATTEMPTS):
@@ -77,14 +84,19 @@ def sample_table(
             frame = pd.concat([part.frame for part in kept], ignore_index=True)
             return Table(codec.schema, frame.iloc[:rows])
     raise UsageError(
-        f"where={wanted}: met by {have} of the rows drawn for {rows}; ask for fewer or relax it"
+        f"where={dict(where or {})}: met by {have} of the rows drawn for {rows}; ask for fewer or "
+        "relax it"
     )
+
+
+def _declared(codec: Codec, name: str, value: object) -> object:
+    """`value` as the column itself would hold it; an unknown column or value is refused."""
+    frame = pd.DataFrame({name: [value]})
+    return Table.from_frame(frame, codec.schema.select([name])).frame[name].iloc[0]
 
 
 def _meets(table: Table, wanted: Mapping[str, object]) -> np.ndarray:
     mask = np.ones(len(table), dtype=bool)
     for name, value in wanted.items():
-        column = table.frame[name]
-        target = float(str(value)) if table.schema[name].numeric else str(value)
-        mask &= (column == target).fillna(False).to_numpy(dtype=bool)
+        mask &= (table.frame[name] == value).fillna(False).to_numpy(dtype=bool)
     return mask

@@ -236,7 +236,10 @@ class Schema:
         path = Path(path)
         if not path.is_file():
             raise UsageError(f"schema {str(path)!r}: no such file")
-        return cls.from_json(path.read_text())
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise UsageError(f"schema {str(path)!r}: is not a text file") from error
 
     @classmethod
     def infer(cls, frame: pd.DataFrame, target: str | None = None) -> Schema:

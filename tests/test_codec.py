@@ -15,7 +15,7 @@ from oracles import by_bisection
 from scipy import stats
 
 from dpsynth.checks import UsageError
-from dpsynth.codec import Codec, Layout
+from dpsynth.codec import Codec, Grid, Layout
 from dpsynth.data import Table
 from dpsynth.marginals import Marginals, _onto_simplex
 from dpsynth.privacy.ledger import Ledger
@@ -206,6 +206,70 @@ def test_piles_at_zero_and_at_the_bounds_become_levels_on_any_grid(name: str) ->
     again = codec.decode(codes[:, None], rng).frame[name].astype(float)
     np.testing.assert_array_equal(again, np.repeat(piles, 100))
     assert (codec.encode(table)[100 * len(piles) :] < BINS).all()
+
+
+def test_a_pile_leaves_the_rest_of_its_cell_to_the_bin() -> None:
+    """Zero is a level of its own, five is not: drawing from the cell they share spares zero."""
+    column = Column("x", "integer", lower=0, upper=2**24 + 1000)
+    values = np.r_[np.zeros(300), np.full(300, 5), np.arange(400) * 40_000 + 1000]
+    table = filled(column, values)
+    codec = fit(table)
+    codes = codec.encode(table)[:, 0]
+    assert codes[0] == BINS
+    assert codes[300] < BINS
+    decoded = codec.decode(torch.full((20_000, 1), int(codes[300])), np.random.default_rng(0))
+    assert decoded.frame["x"].max() < 300
+    assert (codec.encode(decoded) == codes[300]).all()
+
+
+@pytest.mark.parametrize("beyond", range(4))
+def test_no_cell_of_a_long_grid_is_a_single_value(beyond: int) -> None:
+    """Were a bound alone in its cell and a level of its own, its bin would have nothing to draw."""
+    for span in (2**24 + 1, 2**24 + 257, 257 * 65_281, 10**8, 10**9):
+        column = Column("x", "integer", lower=-7, upper=-7 + span + beyond)
+        ends = np.array([-7, -6, -8 + span + beyond, -7 + span + beyond], dtype=float)
+        first, second, last_but_one, last = Grid.of(column).cell(ends)
+        assert first == second
+        assert last_but_one == last
+
+
+class Patience:
+    """A generator that fails after so many draws that whoever draws will never stop."""
+
+    def __init__(self) -> None:
+        self._rng, self._calls = np.random.default_rng(0), 0
+
+    def __getattr__(self, name: str) -> Any:
+        self._calls += 1
+        assert self._calls < 5000, "drawing goes on for ever"
+        return getattr(self._rng, name)
+
+
+@pytest.mark.parametrize(
+    ("column", "piles"),
+    [
+        # One value more than whole cells hold, and a pile on it.
+        (Column("x", "integer", lower=0, upper=2**24 + 1), [2**24 + 1, 2**24 - 4]),
+        # Doubles know three numbers between the bounds.
+        (Column("x", "decimal", lower=1e16, upper=1e16 + 4), [1e16, 1e16 + 2, 1e16 + 4]),
+    ],
+)
+def test_decoding_ends_even_where_a_bin_is_all_piles(column: Column, piles: list[float]) -> None:
+    table = filled(column, np.repeat(piles, 300))
+    codec = fit(table)
+    decoded = codec.decode(every_used(codec), Patience())  # type: ignore[arg-type]
+    assert_in_domain(decoded)
+
+
+def test_bins_share_out_the_rows_that_no_heap_has() -> None:
+    rng = np.random.default_rng(0)
+    broad = rng.integers(0, 10_000, 5000)
+    column = Column("x", "integer", lower=0, upper=9999)
+    codec = fit(filled(column, np.r_[broad, np.full(5000, 4000)]))
+    codes = codec.encode(filled(column, broad[broad != 4000]))[:, 0]
+    shares = np.bincount(codes, minlength=BINS) / len(codes)
+    assert (shares > 0.5 / BINS).all()
+    assert (shares < 1.6 / BINS).all()
 
 
 def test_bounds_beyond_what_a_double_can_tell_apart_are_refused() -> None:

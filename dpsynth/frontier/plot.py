@@ -817,7 +817,7 @@ def write_frontier(
     what was there, and other files in `folder` stay. Equal results give equal bytes.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
         drawn = figure(results, x=x, title=title)
@@ -830,6 +830,7 @@ def write_frontier(
         write(results, partial / "frontier.parquet")
         write(results, partial / "frontier.csv")
         (partial / "README.md").write_text(summary(results, title=title), encoding="utf-8")
+        folder.mkdir(exist_ok=True)
         for file in sorted(partial.iterdir()):
             os.replace(file, folder / file.name)
     finally:

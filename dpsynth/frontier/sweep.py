@@ -25,8 +25,9 @@ from threadpoolctl import threadpool_limits
 
 from dpsynth.artifacts import MANIFEST, read_folder, write_folder
 from dpsynth.audit import Audit, Ceiling, audit
+from dpsynth.audit.membership import LEAST
 from dpsynth.baselines import controls
-from dpsynth.checks import UsageError
+from dpsynth.checks import UsageError, check_count
 from dpsynth.data import Split, Table
 from dpsynth.evaluation import Report, evaluate, floors
 from dpsynth.frontier import results
@@ -66,6 +67,13 @@ class Judging:
     draws: int = 8
     reference_model: bool = True
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_rows is not None:
+            check_count("max_rows", self.max_rows, least=2)
+        check_count("max_candidates", self.max_candidates, least=2 * LEAST)
+        check_count("draws", self.draws)
+        check_count("seed of judging", self.seed, least=0)
 
 
 @dataclass(frozen=True)
@@ -156,9 +164,13 @@ def run_sweep(
         raise UsageError("the grid holds the same point twice; list each value once")
     for point in points:
         check_seat(point.recipe, Seat(split.members, point.epsilon, point.seed))
-    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in (("members", split.members), ("holdout", split.holdout)):
+        if len(part) < LEAST:
+            raise UsageError(f"{name} part has {len(part)} rows; the audit needs at least {LEAST}")
     _check_same_data(folder, split)
     bench = _bench(split, data, judging, console)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".data").write_text(_digest(split))
     cores = os.cpu_count() or 1
     before = torch.get_num_threads()
     with (
@@ -181,16 +193,14 @@ def run_sweep(
 
 def data_name(folder: Path) -> str:
     """Name of the table that a sweep's runs were trained on."""
-    names = {read_folder(path)[1]["data"] for path in folder.glob("runs/*")}
+    names = {read_folder(path)[1]["data"] for path in _finished(folder, "runs")}
     return ", ".join(sorted(names))
 
 
 def gather(folder: Path) -> pd.DataFrame:
     """Results of all finished runs and controls under a sweep's folder."""
     rows = []
-    for path in sorted(folder.glob("runs/*")) + sorted(folder.glob("controls/*")):
-        if not (path / MANIFEST).is_file():
-            continue
+    for path in _finished(folder, "runs") + _finished(folder, "controls"):
         files, lineage = read_folder(path)
         report = Report.from_json(files["metrics.json"].decode())
         attacked = Audit.from_json(files["audit.json"].decode())
@@ -198,6 +208,12 @@ def gather(folder: Path) -> pd.DataFrame:
     if not rows:
         raise UsageError(f"sweep {str(folder)!r}: holds no finished run; run `dpsynth sweep` first")
     return results.collect(rows)
+
+
+def _finished(folder: Path, part: str) -> list[Path]:
+    """Folders that are whole: a killed judge may have left one under a hidden name."""
+    paths = sorted((folder / part).glob("[!.]*"))
+    return [path for path in paths if (path / MANIFEST).is_file()]
 
 
 # -- training ------------------------------------------------------------------------------------
@@ -493,8 +509,10 @@ def _line(name: str, report: Report, attacked: Audit) -> str:
 def _check_same_data(folder: Path, split: Split) -> None:
     """Refuse to go on in a folder that was begun with other rows."""
     mark = folder / ".data"
-    parts = (split.members, split.holdout, split.reference)
-    digest = hashlib.sha256("".join(part.digest() for part in parts).encode()).hexdigest()
-    if mark.is_file() and mark.read_text() != digest:
+    if mark.is_file() and mark.read_text() != _digest(split):
         raise UsageError(f"sweep {str(folder)!r}: was begun with other rows; choose another folder")
-    mark.write_text(digest)
+
+
+def _digest(split: Split) -> str:
+    parts = (split.members, split.holdout, split.reference)
+    return hashlib.sha256("".join(part.digest() for part in parts).encode()).hexdigest()

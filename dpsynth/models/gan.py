@@ -63,6 +63,9 @@ class Gan(Generator):
             check_count(name, value)
         check_positive("temperature", temperature)
         check_positive("generator_lr", generator_lr)
+        for name, value in {"decay": decay, "anchor": anchor}.items():
+            if value != 0:  # 0 turns either off
+                check_positive(name, value)
         self.latent, self.fakes, self.ladder = latent, fakes, ladder
         self.public_batch, self.temperature = public_batch, temperature
         self.generator_lr, self.weight_decay = generator_lr, decay

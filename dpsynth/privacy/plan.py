@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
@@ -15,10 +16,12 @@ from scipy.stats import norm
 from dpsynth.checks import UsageError, check_choice, check_count, check_fraction, check_positive
 from dpsynth.privacy.ledger import Event, Ledger, compose_epsilon
 
-__all__ = ["NoPrivacy", "PrivacyPlan", "gaussian_mu"]
+__all__ = ["NoPrivacy", "PrivacyPlan", "check_shares", "gaussian_mu"]
 
 STAGES = ("rows", "codec", "marginals")
 _COARSE, _FINE = 1e-3, 1e-4
+# The accountant rounds up by less than this: a ledger must never come out above its target.
+_BELOW = 1 - 4e-7
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,7 @@ class PrivacyPlan:
         check_positive("clip", self.clip)
         check_choice("unit", self.unit, ("record",))
         check_choice("relation", self.relation, ("add_remove",))
-        for stage, share in self.shares.items():
-            check_choice("privacy.shares", stage, STAGES)
-            if not 0 <= share <= 1:
-                raise UsageError(f"privacy.shares.{stage}={share}: must be between 0 and 1")
+        check_shares(self.shares)
         total = sum(self.shares.values())
         if total > 1 + 1e-9 or (self.steps and total > 0.999):
             raise UsageError(f"privacy.shares: add up to {total:g}; leave some for the rest")
@@ -100,7 +100,8 @@ class PrivacyPlan:
         check_choice("stage", stage, STAGES)
         if not self.private:
             return math.inf
-        return gaussian_mu(self.epsilon, self.delta) * math.sqrt(self.shares.get(stage, 0.0))
+        whole = gaussian_mu(self.epsilon, self.delta) * _BELOW
+        return whole * math.sqrt(self.shares.get(stage, 0.0))
 
     def measured(self) -> list[Event]:
         """The events of the measuring stages, each stage as one Gaussian."""
@@ -137,8 +138,17 @@ class PrivacyPlan:
         return Ledger(self.delta, unit=self.unit, relation=self.relation)
 
 
+def check_shares(shares: Mapping[str, float]) -> None:
+    """Refuse an unknown stage, or a share that is no number from 0 to 1."""
+    for stage, share in shares.items():
+        check_choice("privacy.shares", stage, STAGES)
+        if not isinstance(share, Real) or not 0 <= share <= 1:
+            raise UsageError(f"privacy.shares.{stage}={share}: must be between 0 and 1")
+
+
 def NoPrivacy(rows: int, *, delta: float = 1e-5, **settings) -> PrivacyPlan:  # noqa: N802
     """A plan with ε=∞: the same path with clipping and noise off."""
+    check_fraction("delta", delta)
     return PrivacyPlan(epsilon=math.inf, delta=min(delta, 0.5 / rows), rows=rows, **settings)
 
 

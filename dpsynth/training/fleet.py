@@ -22,15 +22,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from dpsynth.baselines.marginal import Independent, NaiveBayes
-from dpsynth.checks import UsageError, check_choice
+from dpsynth.checks import UsageError, check_choice, check_count, check_positive
 from dpsynth.codec import Codec, Layout
 from dpsynth.data import Table
 from dpsynth.marginals import Marginals
 from dpsynth.models import Diffusion, Gan, Generator, Vae
 from dpsynth.privacy.batches import PoissonBatches
+from dpsynth.privacy.engine import ENGINES
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.mechanisms import Measurer
-from dpsynth.privacy.plan import NoPrivacy, PrivacyPlan
+from dpsynth.privacy.plan import NoPrivacy, PrivacyPlan, check_shares
 from dpsynth.randomness import FleetRng, derive, fresh_key, stream
 
 __all__ = [
@@ -46,6 +47,8 @@ __all__ = [
 ]
 
 # Parts of the squared Gaussian budget; a noisy row count is only taken where none is declared.
+_PRIVACY = frozenset(PrivacyPlan.__dataclass_fields__) - {"epsilon", "rows", "sigma"}
+_CODEC = {"bins": 32, "heaps": 16}
 SHARES = {"rows": 0.01, "codec": 0.1, "marginals": 0.3}
 
 FAMILIES: dict[str, type[Generator]] = {
@@ -77,7 +80,16 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_choice("model", self.model, FAMILIES)
+        check_choice("engine", self.engine, ENGINES)
         check_choice("device", self.device, ("auto", "cpu", "cuda"))
+        check_count("piece", self.piece)
+        for name in ("options", "privacy", "codec"):
+            _check_mapping(name, getattr(self, name))
+        for name in self.privacy:
+            check_choice("privacy setting", name, _PRIVACY)
+        for name in self.codec:
+            check_choice("codec setting", name, _CODEC)
+        check_shares(_check_mapping("privacy.shares", self.privacy.get("shares", {})))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for YAML or JSON; `Recipe(**…)` is the inverse."""
@@ -146,11 +158,12 @@ def check_seat(recipe: Recipe, seat: Seat) -> None:
         UsageError: On settings that a plan, a codec, a family or the engine refuses.
         RefusedError: On a finite ε under a schema with facts read off the data.
     """
+    check_positive("epsilon", seat.epsilon, allow_inf=True)
     if math.isfinite(seat.epsilon):
         seat.table.schema.check_public()
+    build(recipe, Layout.of(seat.table.schema, **_codec_settings(recipe)), 1)
     rows = seat.table.schema.expected_rows or len(seat.table)
     _plan(recipe, seat, rows)
-    build(recipe, Layout.of(seat.table.schema, **_codec_settings(recipe)), 1)
     _device(recipe)
 
 
@@ -177,6 +190,10 @@ def train_fleet(
     """
     if not seats:
         raise UsageError("seats=0: a fleet needs at least one run")
+    for seat in seats:
+        check_seat(recipe, seat)
+        if _shape(seat) != _shape(seats[0]):
+            raise UsageError("seats have different schemas; train them apart")
     keys = _keys(recipe, seats, state)
     measured = [_measure(recipe, seat, key) for seat, key in zip(seats, keys, strict=True)]
     generator = build(recipe, measured[0].codec.layout, len(seats))
@@ -196,7 +213,6 @@ def train_fleet(
 
 def _measure(recipe: Recipe, seat: Seat, key: int) -> _Measured:
     """Row count (if not declared), codec and marginals, each through a paid mechanism."""
-    check_seat(recipe, seat)
     rough = _plan(recipe, seat, len(seat.table))
     ledger = rough.ledger()
     rows = _public_rows(seat, rough, ledger, key)
@@ -212,7 +228,7 @@ def _measure(recipe: Recipe, seat: Seat, key: int) -> _Measured:
 
 
 def _codec_settings(recipe: Recipe) -> dict[str, int]:
-    return {"bins": 32, "heaps": 16, **recipe.codec}
+    return {**_CODEC, **recipe.codec}
 
 
 def _plan(recipe: Recipe, seat: Seat, rows: int) -> PrivacyPlan:
@@ -254,27 +270,46 @@ def _public_rows(seat: Seat, plan: PrivacyPlan, ledger: Ledger, key: int) -> int
     return max(1, round(float(noise(np.array([float(len(seat.table))]))[0])))
 
 
+def _check_mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{name}={value}: must map names to values")
+    return value
+
+
+def _shape(seat: Seat) -> tuple[Any, ...]:
+    return seat.table.schema.columns, seat.table.schema.target
+
+
 def _keys(recipe: Recipe, seats: Sequence[Seat], state: Path | None) -> list[int]:
     """One 128-bit key a seat: from its seed, or from entropy kept in `state` until it is done.
 
     A seed gives every recipe and ε noise of its own: two runs that shared a draw at different
     scales would cancel it for whoever sees both.
     """
-    held = None if state is None else state / "keys"
+    held, own = None if state is None else state / "keys", _identity(recipe, seats)
     if held is not None and held.is_file():
-        keys = [int(line) for line in held.read_text().split()]
-        if len(keys) != len(seats):
+        name, *lines = held.read_text().split()
+        if name != own:
             raise UsageError(f"state {str(state)!r}: belongs to another fleet; remove it")
-        return keys
+        return [int(line) for line in lines]
     keys = [
         fresh_key() if seat.seed is None else derive(seat.seed, _purpose(recipe, seat))
         for seat in seats
     ]
     if held is not None:
         held.parent.mkdir(parents=True, exist_ok=True)
-        held.touch(mode=0o600)
-        held.write_text("\n".join(map(str, keys)))
+        partial = held.with_suffix(".partial")
+        partial.touch(mode=0o600)
+        partial.write_text("\n".join([own, *map(str, keys)]))
+        partial.replace(held)
     return keys
+
+
+def _identity(recipe: Recipe, seats: Sequence[Seat]) -> str:
+    """Name of a fleet with its rows: a checkpoint of one must never go on as another, or its noise
+    would pay for rows or budgets that no ledger has seen."""
+    parts = [f"{_purpose(recipe, s)}/{s.seed}/{s.table.digest()}" for s in seats]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _purpose(recipe: Recipe, seat: Seat) -> str:

@@ -144,17 +144,27 @@ class Run:
         ):
             if name not in files:
                 raise UsageError(f"run {str(folder)!r}: {name} is missing; fetch it again")
+        try:
+            return cls._of_files(files, lineage)
+        except UsageError as error:
+            raise UsageError(f"run {str(folder)!r}: {error}") from error
+        except (RuntimeError, SafetensorError) as error:
+            raise UsageError(
+                f"run {str(folder)!r}: weights do not fit its schema and recipe; fetch it again"
+            ) from error
+        except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+            raise UsageError(
+                f"run {str(folder)!r}: its files do not fit together; fetch it again"
+            ) from error
+
+    @classmethod
+    def _of_files(cls, files: Mapping[str, bytes], lineage: Mapping[str, Any]) -> Run:
         config = yaml.safe_load(files["config.yaml"])
         recipe = Recipe(**config["recipe"])
         schema = Schema.from_json(files["schema.json"].decode())
         codec = Codec.from_dict(schema, json.loads(files["codec.json"]))
         generator = build(recipe, codec.layout, 1)
-        try:
-            generator.load_state_dict(load_tensors(files["model.safetensors"]))
-        except (RuntimeError, SafetensorError) as error:
-            raise UsageError(
-                f"run {str(folder)!r}: weights do not fit its schema and recipe; fetch it again"
-            ) from error
+        generator.load_state_dict(load_tensors(files["model.safetensors"]))
         generator.finish()
         return cls(
             recipe,
