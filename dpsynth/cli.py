@@ -147,7 +147,7 @@ def expand(overrides: Sequence[str]) -> list[tuple[DictConfig, str]]:
     }
     first = configure([cast(str, f) for f in fixed] + [f"{k}={v[0]}" for k, v in listed.items()])
     given = {o.get_key_element() for o in parsed}
-    grid = OmegaConf.to_container(first).get("grid")
+    grid = cast(dict[str, Any], OmegaConf.to_container(first)).get("grid")
     if not isinstance(grid, dict):
         raise UsageError(f"grid={grid}: must map keys to lists of values")
     listed |= {k: [str(v) for v in vs] for k, vs in _flat(grid).items() if k not in given}
@@ -212,7 +212,7 @@ def split_of(cfg: DictConfig) -> Split:
         raise UsageError("data.schema: needs a value; give data=file data.path=… data.schema=…")
     else:
         table = Table.read(str(data.path), Schema.load(str(data.schema)), strict=data.strict)
-    left_out = OmegaConf.to_container(data).get("drop")
+    left_out = cast(dict[str, Any], OmegaConf.to_container(data)).get("drop")
     if not isinstance(left_out, list):
         raise UsageError(f"data.drop={left_out}: must be a list, as in data.drop=[name]")
     table = table.select(table.schema.drop(left_out).names)

@@ -34,6 +34,7 @@ _HEAP_MASS = 0.002
 _HEAP_PROMINENCE = 4.0
 _HEAP_WINDOW = 4
 _LEAST_BIN = 0.001
+_REDRAWS = 32
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Grid:
         if column.step is not None and span / column.step < 2**53:
             values = round(span / column.step) + 1
             per = 1 if values <= _MAX_CELLS else math.ceil(values / _UNKNOWN_STEP_CELLS)
-            cells, step = math.ceil(values / per), column.step
+            cells, step = values // per, column.step
         else:
             values, per, cells = 0, 0, _UNKNOWN_STEP_CELLS
             step = span / cells
@@ -165,7 +166,8 @@ class Grid:
         inside = rng.random(len(cell))
         if not self.per:
             return self.lower + (cell + inside) * self.step
-        held = np.minimum(self.per, self.values - cell * self.per)  # the last cell may hold fewer
+        # The last cell takes what is left over, so that none is a single value.
+        held = np.where(cell == self.cells - 1, self.values - cell * self.per, self.per)
         return self._on_grid(cell * self.per + np.floor(inside * held))
 
     def _on_grid(self, number: np.ndarray) -> np.ndarray:
@@ -238,9 +240,13 @@ class NumericCoder:
     def _value_in_bin(self, codes: np.ndarray, grid: Grid, rng: np.random.Generator) -> np.ndarray:
         """A value of each bin that is no heap."""
         values = grid.value(self._cell_in_bin(codes, rng), rng)
-        if not grid.exact:  # a cell holds many values, at most three of them spots
-            while (again := np.flatnonzero(np.isin(grid.spot(values), self.heaps))).size:
-                values[again] = grid.value(self._cell_in_bin(codes[again], rng), rng)
+        # A cell of a grid that is not exact holds many values, at most three of them spots; only
+        # where doubles cannot tell its values apart are there none but spots to draw.
+        for _ in range(0 if grid.exact else _REDRAWS):
+            again = np.flatnonzero(np.isin(grid.spot(values), self.heaps))
+            if not len(again):
+                break
+            values[again] = grid.value(self._cell_in_bin(codes[again], rng), rng)
         return values
 
     def _cell_in_bin(self, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -274,7 +274,7 @@ def test_loading_executes_nothing(saved: dict[str, Path], monkeypatch: pytest.Mo
 
 def test_a_tag_that_would_run_code_is_refused(runs: dict[str, Run], tmp_path: Path) -> None:
     mark = tmp_path / "was-run"
-    config = f"recipe: !!python/object/apply:pathlib.Path.touch [{str(mark)!r}]"
+    config = f"recipe: !!python/object/apply:os.mkdir [{str(mark)!r}]"
     runs["vae"].save(tmp_path / "run", {"config.yaml": config.encode()})
     with pytest.raises(UsageError):
         Run.load(tmp_path / "run")

@@ -290,7 +290,7 @@ def test_infer_reads_kinds_bounds_and_gaps():
     assert schema == Schema(
         (
             Column("whole", "integer", lower=1, upper=3, nullable=True, **facts),
-            Column("part", "decimal", lower=0.5, upper=3, **facts),
+            Column("part", "decimal", lower=0.5, upper=3, step=0.1, **facts),
             Column("flag", "categorical", ("0", "1"), nullable=True, **facts),
             Column("truth", "categorical", ("False", "True"), **facts),
             Column("word", "categorical", ("a", "b", "c"), **facts),

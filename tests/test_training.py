@@ -27,9 +27,11 @@ from tiny import ROWS, SCHEMA, frame, recipe, seat, table
 from dpsynth.checks import RefusedError, UsageError
 from dpsynth.data import Table
 from dpsynth.models.base import Generator
+from dpsynth.privacy.batches import PoissonBatches
 from dpsynth.privacy.engine import PrivateEngine
 from dpsynth.privacy.ledger import Event, Ledger, second_opinion
 from dpsynth.privacy.plan import PrivacyPlan
+from dpsynth.randomness import stream
 from dpsynth.sampling import sample_table
 from dpsynth.schema import Column
 from dpsynth.training import fleet as fleet_module
@@ -122,13 +124,34 @@ def test_without_a_seed_no_two_runs_are_alike() -> None:
     assert not rows_of(first).equals(rows_of(other))
 
 
-def test_runs_of_one_seed_share_no_noise_between_budgets() -> None:
+def test_a_seed_gives_every_budget_and_recipe_noise_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Equal draws at two scales would cancel for whoever holds both runs."""
-    first, second = train_fleet(recipe("naive_bayes"), [seat(0.5, 3), seat(1.0, 3)])
-    scale = [1 / run.plan.mu("marginals") for run in (first, second)]
-    truth = train_fleet(recipe("naive_bayes"), [seat(math.inf, 3)])[0].generator.prior_logits
-    noise = [run.generator.prior_logits.exp() - truth.exp() for run in (first, second)]
-    assert not torch.allclose(noise[0] / scale[0], noise[1] / scale[1], rtol=0.05)
+    used: list[int] = []
+
+    def recorded(key: int, purpose: str) -> np.random.Generator:
+        used.append(key)
+        return stream(key, purpose)
+
+    monkeypatch.setattr(fleet_module, "stream", recorded)
+
+    def keys(made: Recipe, *seats: Seat) -> list[int]:
+        used.clear()
+        train_fleet(made, seats)
+        return sorted(set(used))
+
+    plain = recipe("independent")
+    roles = [seat(0.5, 3), seat(1.0, 3), seat(0.5, 4), replace(seat(0.5, 3), role="reference")]
+    assert len(keys(plain, *roles)) == len(roles)
+    (first,) = keys(plain, roles[0])
+    assert keys(recipe("independent", engine="opacus_ghost"), roles[0]) == [first]
+    for other in (
+        recipe("naive_bayes"),
+        recipe("independent", privacy={"delta": 2e-5}),
+        recipe("independent", codec={"bins": 8}),
+    ):
+        assert keys(other, roles[0]) != [first]
 
 
 # Steps and budget
@@ -236,6 +259,52 @@ def test_a_baseline_is_measured_and_nothing_else(trio: list[Trained]) -> None:
         assert int(run.generator.completed) == 0
         assert not [e for e in run.ledger.events if e.what.startswith("dpsgd")]
         assert not list(run.generator.network.parameters())
+
+
+class Watched(Callback):
+    """Keeps the weights that are averaged, after every block."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if int(pl_module.completed) > len(self.weights):
+            state = pl_module.averaged().state_dict()
+            self.weights.append({name: value.clone() for name, value in state.items()})
+
+
+@pytest.mark.parametrize("model", NETWORKS)
+@pytest.mark.parametrize("decay", [0.15, 0.99])
+def test_what_samples_is_the_moving_average(model: str, decay: float) -> None:
+    """w̄ₙ = λ w̄ₙ₋₁ + (1 − λ) wₙ with λ = min(decay, (1 + n)/(10 + n)), from w̄₀ = w₀."""
+    watched = Watched()
+    made = recipe(model, options={"block": 1, "average": decay})
+    (run,) = train_fleet(made, [seat()], callbacks=[watched])
+    assert len(watched.weights) == 5
+    for name, value in run.generator.averaged().state_dict().items():
+        mean = watched.weights[0][name]
+        for n, step in enumerate(watched.weights[1:], start=1):
+            keep = min(decay, (1 + n) / (10 + n))
+            mean = keep * mean + (1 - keep) * step[name]
+        torch.testing.assert_close(value, mean, rtol=1e-5, atol=1e-6)
+    last = watched.weights[-1]
+    assert any((last[k] != v).any() for k, v in run.generator.averaged().state_dict().items())
+
+
+def test_every_step_draws_a_batch_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[int, ...]] = []
+    draw = PoissonBatches.draw
+
+    def recorded(self: PoissonBatches, rng: Any, step: int) -> Any:
+        for index, inside in draw(self, rng, step):
+            drawn.append(tuple(index[inside].tolist()))
+            yield index, inside
+
+    monkeypatch.setattr(PoissonBatches, "draw", recorded)
+    train_fleet(recipe(), [seat()])
+    assert len(set(drawn)) == len(drawn) == 5
 
 
 @pytest.mark.parametrize("model", NETWORKS)
