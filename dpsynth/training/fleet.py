@@ -162,8 +162,7 @@ def check_seat(recipe: Recipe, seat: Seat) -> None:
     if math.isfinite(seat.epsilon):
         seat.table.schema.check_public()
     build(recipe, Layout.of(seat.table.schema, **_codec_settings(recipe)), 1)
-    rows = seat.table.schema.expected_rows or len(seat.table)
-    _plan(recipe, seat, rows)
+    _plan(recipe, seat, seat.table.schema.expected_rows or 1)
     _device(recipe)
 
 
@@ -213,7 +212,8 @@ def train_fleet(
 
 def _measure(recipe: Recipe, seat: Seat, key: int) -> _Measured:
     """Row count (if not declared), codec and marginals, each through a paid mechanism."""
-    rough = _plan(recipe, seat, len(seat.table))
+    # Where no row count is public yet the first plan must not depend on the true one.
+    rough = _plan(recipe, seat, seat.table.schema.expected_rows or 1)
     ledger = rough.ledger()
     rows = _public_rows(seat, rough, ledger, key)
     plan = _plan(recipe, seat, rows).calibrate()
