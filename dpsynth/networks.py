@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dpsynth.checks import check_count
@@ -36,7 +37,7 @@ class FleetLinear(nn.Module):
             self.weight.copy_(draws / math.sqrt(fan or inputs))
             self.bias.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "runs *rows inputs"]) -> Float[Tensor, "runs *rows outputs"]:
         flat = x.flatten(1, -2)
         out = torch.baddbmm(self.bias[:, None, :], flat, self.weight)
         return out.unflatten(1, x.shape[1:-1])
@@ -64,7 +65,7 @@ class Mlp(nn.Module):
         if zero:
             nn.init.zeros_(self.layers[-1].get_parameter("weight"))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "runs *rows inputs"]) -> Float[Tensor, "runs *rows outputs"]:
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             out = layer(x)
@@ -75,7 +76,9 @@ class Mlp(nn.Module):
         return x
 
 
-def column_log_likelihood(logits: Tensor, codes: Tensor, levels: Sequence[int]) -> Tensor:
+def column_log_likelihood(
+    logits: Float[Tensor, "*rows width"], codes: Int[Tensor, "... columns"], levels: Sequence[int]
+) -> Float[Tensor, "*rows columns"]:
     """Log-probability of each column's level.
 
     Args:
@@ -93,7 +96,9 @@ def column_log_likelihood(logits: Tensor, codes: Tensor, levels: Sequence[int]) 
     return logits.gather(-1, places) - norms
 
 
-def sample_columns(logits: Tensor, levels: Sequence[int], rng: FleetRng) -> Tensor:
+def sample_columns(
+    logits: Float[Tensor, "runs *rows width"], levels: Sequence[int], rng: FleetRng
+) -> Int[Tensor, "runs *rows columns"]:
     """One level a column by inverting its distribution: (runs, ..., W) -> codes (runs, ..., D).
 
     A level of probability 0 is never drawn.

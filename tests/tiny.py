@@ -68,6 +68,7 @@ def recipe(
 ) -> Recipe:
     # A small δ and a small ε keep calibration quick; 5 steps are no multiple of a block of 2.
     settings = {"batch": 32, "steps": 5, "delta": 1e-5, **(privacy or {})}
+    others = {"device": "cpu", **others}
     return Recipe(model, {**OPTIONS[model], **(options or {})}, settings, **others)
 
 

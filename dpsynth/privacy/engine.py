@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
+from jaxtyping import Float
 from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ __all__ = ["ENGINES", "FleetOptimizer", "PrivateEngine"]
 
 LossOf = Callable[[], Tensor]
 _Pair = tuple[FleetLinear, Tensor, Tensor]
+_Records = Float[Tensor, "runs batch"]
 
 
 class Clipper(ABC):
@@ -45,7 +47,7 @@ class Clipper(ABC):
                 )
 
     @abstractmethod
-    def accumulate(self, losses: LossOf, counts: Tensor) -> Tensor:
+    def accumulate(self, losses: LossOf, counts: _Records) -> _Records:
         """Args:
             losses: Evaluates the unreduced loss (runs, batch).
             counts: 1 where a record is in the batch, 0 for padding (runs, batch).
@@ -54,7 +56,7 @@ class Clipper(ABC):
             The losses, detached.
         """
 
-    def factors(self, squared: Tensor, counts: Tensor) -> Tensor:
+    def factors(self, squared: _Records, counts: _Records) -> _Records:
         """Clip factor of each record from its squared norm (runs, batch).
 
         A norm that is not finite gives 0: the record contributes nothing (fails closed).
@@ -63,7 +65,7 @@ class Clipper(ABC):
         factor = (self.bound[:, None] / (norms + 1e-6)).clamp(max=1.0)
         return torch.where(norms.isfinite(), factor, 0.0) * counts
 
-    def reduce(self, pairs: Sequence[_Pair], squared: Tensor, counts: Tensor) -> None:
+    def reduce(self, pairs: Sequence[_Pair], squared: _Records, counts: _Records) -> None:
         """Add Σ_i factor_i · a_i b_iᵀ to every layer, from what `_Taps` saw."""
         factor = self.factors(squared, counts)[..., None, None]
         broken = not bool(squared.isfinite().all())
@@ -87,7 +89,9 @@ def _draws(x: Tensor) -> Tensor:
     return x.unsqueeze(2) if x.dim() == 3 else x.flatten(2, -2)
 
 
-def squared_norms(a: Tensor, b: Tensor) -> Tensor:
+def squared_norms(
+    a: Float[Tensor, "runs batch draws inputs"], b: Float[Tensor, "runs batch draws outputs"]
+) -> Float[Tensor, "runs batch"]:
     """Squared norm of each record's weight and bias gradient, never formed.
 
     With K draws inside one record, ‖Σ_k a_k b_kᵀ‖² + ‖Σ_k b_k‖² = Σ_kl (⟨a_k,a_l⟩+1)⟨b_k,b_l⟩.
@@ -138,7 +142,7 @@ class _Taps:
 class TapClipper(Clipper):
     """Closed-form norms from taps at the layers' inputs and outputs; no per-record gradient."""
 
-    def accumulate(self, losses: LossOf, counts: Tensor) -> Tensor:
+    def accumulate(self, losses: LossOf, counts: _Records) -> _Records:
         with _Taps(self.network) as taps:
             loss = losses()
         pairs = taps.pairs(loss)
@@ -156,7 +160,7 @@ class HooksClipper(Clipper):
         self._hooked = GradSampleModule(network, batch_first=False, loss_reduction="sum")
         self._hooked.disable_hooks()
 
-    def accumulate(self, losses: LossOf, counts: Tensor) -> Tensor:
+    def accumulate(self, losses: LossOf, counts: _Records) -> _Records:
         self._hooked.enable_hooks()
         loss = losses()
         loss.sum().backward()
@@ -183,7 +187,7 @@ class GhostClipper(Clipper):
         )
         self._hooked.disable_hooks()
 
-    def accumulate(self, losses: LossOf, counts: Tensor) -> Tensor:
+    def accumulate(self, losses: LossOf, counts: _Records) -> _Records:
         self._hooked.enable_hooks()
         with _Taps(self.network) as taps:
             loss = losses()
@@ -312,7 +316,7 @@ class PrivateEngine:
         self.clipper = ENGINES[mode](network, clip)
         self.optimizer = FleetOptimizer(optimizer, sigma=noise, bound=clip, batch=expected)
 
-    def accumulate(self, losses: LossOf, counts: Tensor) -> Tensor:
+    def accumulate(self, losses: LossOf, counts: _Records) -> _Records:
         """Add one piece of the batch; see `Clipper.accumulate`."""
         return self.clipper.accumulate(losses, counts)
 
