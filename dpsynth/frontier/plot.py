@@ -583,7 +583,7 @@ def _leave_out_far(
             break
     else:
         return
-    pad = 0.12 * (most - least)
+    pad = 0.12 * max(most - least, 0.01)
     ax.set_ylim(least - 3 * pad, most + 2 * pad)
     for key in far.index:
         style = styles[key]
