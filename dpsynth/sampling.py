@@ -55,7 +55,7 @@ def sample_table(
         generator: A fleet of one.
         codec: The codec it was trained with.
         rows: Number of rows.
-        where: Column → value that every row must have.
+        where: Column → value that every row must have; `None` or NaN for a missing one.
         rng: Seed; the same seed gives the same table. `None` draws a fresh one.
 
     Raises:
@@ -90,7 +90,10 @@ def sample_table(
 
 
 def _declared(codec: Codec, name: str, value: object) -> object:
-    """`value` as the column itself would hold it; an unknown column or value is refused."""
+    """`value` as the column itself would hold it, `None` for a missing one that is declared; an
+    unknown column or value is refused."""
+    if codec.schema[name].nullable and (value is None or value is pd.NA or value != value):
+        return None
     frame = pd.DataFrame({name: [value]})
     return Table.from_frame(frame, codec.schema.select([name])).frame[name].iloc[0]
 
@@ -98,5 +101,7 @@ def _declared(codec: Codec, name: str, value: object) -> object:
 def _meets(table: Table, wanted: Mapping[str, object]) -> np.ndarray:
     mask = np.ones(len(table), dtype=bool)
     for name, value in wanted.items():
-        mask &= (table.frame[name] == value).fillna(False).to_numpy(dtype=bool)
+        column = table.frame[name]
+        met = column.isna() if value is None else (column == value).fillna(False)
+        mask &= met.to_numpy(dtype=bool)
     return mask

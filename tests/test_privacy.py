@@ -542,3 +542,15 @@ def test_a_measurer_refuses_to_count_nothing() -> None:
     """Zero queries would mean zero noise."""
     with pytest.raises(UsageError, match="queries=0"):
         Measurer(Ledger(DELTA), 1.0, 1, np.random.default_rng(0)).histograms("x", 0)
+
+
+def test_two_accountants_must_agree(monkeypatch):
+    ledger = Ledger(1e-5)
+    ledger.cross_check()  # nothing spent
+    ledger.pay(Event("dpsgd", "poisson_gaussian", sigma=1.0, q=0.01, steps=100))
+    ledger.cross_check()
+    right = second_opinion(ledger.events, 1e-5)
+    for wrong in (right * 1.05, right - 0.1):
+        monkeypatch.setattr("dpsynth.privacy.ledger.second_opinion", lambda *_, w=wrong: w)
+        with pytest.raises(UsageError, match="PLD says"):
+            ledger.cross_check()

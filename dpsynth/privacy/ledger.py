@@ -95,6 +95,23 @@ class Ledger:
         """ε at the ledger's δ, composed by PLD (pessimistic rounding)."""
         return compose_epsilon(self.events, self.delta)
 
+    def cross_check(self) -> None:
+        """Refuse a ledger on which the second accountant does not agree.
+
+        PRV states an upper bound within .01 of ε, PLD rounds up by less: PRV must lie above by at
+        most .02 and 1 %, and never below by more than PLD's rounding.
+
+        Raises:
+            UsageError: When the two disagree.
+        """
+        first, second = self.epsilon, second_opinion(self.events, self.delta)
+        if first == second:  # both infinite, or nothing spent
+            return
+        if not -1e-3 * (1 + first) <= second - first <= 0.02 + 0.01 * first:
+            raise UsageError(
+                f"ledger: PLD says ε={first:.4f} but PRV says {second:.4f}; do not use this plan"
+            )
+
     def profile(self, epsilons: Sequence[float]) -> np.ndarray:
         """δ(ε) at each of `epsilons` (the privacy profile), for trade-off curves."""
         if any(event.mechanism == "none" for event in self._events):
@@ -163,8 +180,13 @@ def second_opinion(events: Sequence[Event], delta: float) -> float:
         return 0.0
     if any(event.mechanism == "none" for event in events):
         return math.inf
+    return _prv(_merged(tuple(events)), delta)
+
+
+@functools.lru_cache(maxsize=256)
+def _prv(rows: tuple[tuple[float, float, int], ...], delta: float) -> float:
     accountant = PRVAccountant()
-    accountant.history = [(sigma, q, steps) for sigma, q, steps in _merged(tuple(events))]
+    accountant.history = list(rows)
     return float(accountant.get_epsilon(delta, eps_error=0.01))
 
 

@@ -202,6 +202,7 @@ def train_fleet(
     if generator.trained and measured[0].plan.steps:
         for m in measured:
             m.ledger.pay(m.plan.training_event(f"dpsgd:{recipe.model}"))
+            m.ledger.cross_check()
         _fit(recipe, generator, measured, rng, state, logger, callbacks)
     generator.finish()
     return [
@@ -286,10 +287,10 @@ def _keys(recipe: Recipe, seats: Sequence[Seat], state: Path | None) -> list[int
     A seed gives every recipe and ε noise of its own: two runs that shared a draw at different
     scales would cancel it for whoever sees both.
     """
-    held, own = None if state is None else state / "keys", _identity(recipe, seats)
+    held = None if state is None else state / "keys"
     if held is not None and held.is_file():
         name, *lines = held.read_text().split()
-        if name != own:
+        if name != _identity(recipe, seats):
             raise UsageError(f"state {str(state)!r}: belongs to another fleet; remove it")
         return [int(line) for line in lines]
     keys = [
@@ -300,7 +301,7 @@ def _keys(recipe: Recipe, seats: Sequence[Seat], state: Path | None) -> list[int
         held.parent.mkdir(parents=True, exist_ok=True)
         partial = held.with_suffix(".partial")
         partial.touch(mode=0o600)
-        partial.write_text("\n".join([own, *map(str, keys)]))
+        partial.write_text("\n".join([_identity(recipe, seats), *map(str, keys)]))
         partial.replace(held)
     return keys
 
@@ -308,7 +309,9 @@ def _keys(recipe: Recipe, seats: Sequence[Seat], state: Path | None) -> list[int
 def _identity(recipe: Recipe, seats: Sequence[Seat]) -> str:
     """Name of a fleet with its rows: a checkpoint of one must never go on as another, or its noise
     would pay for rows or budgets that no ledger has seen."""
-    parts = [f"{_purpose(recipe, s)}/{s.seed}/{s.table.digest()}" for s in seats]
+    tables = {id(seat.table): seat.table for seat in seats}
+    rows = {key: table.digest() for key, table in tables.items()}
+    parts = [f"{_purpose(recipe, s)}/{s.seed}/{rows[id(s.table)]}" for s in seats]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
