@@ -456,6 +456,17 @@ def test_unfinished_folders_are_no_results(
     assert data_name(copied) == "tiny"
 
 
+def test_runs_of_other_settings_are_not_averaged(copied: Path) -> None:
+    """A folder that two sweeps wrote to must not give one interval for both."""
+    run = Run.load(copied / "runs" / POINTS[0].name)
+    files, lineage = read_folder(copied / "runs" / POINTS[0].name)
+    other = replace(run, recipe=replace(run.recipe, piece=7), lineage=lineage)
+    judged = {name: files[name] for name in ("metrics.json", "audit.json")}
+    other.save(copied / "runs" / "stray", judged)
+    with pytest.raises(UsageError, match="differ in settings"):
+        gather(copied)
+
+
 def test_a_damaged_run_is_an_error_not_a_gap(copied: Path) -> None:
     path = copied / "runs" / POINTS[0].name / "metrics.json"
     path.write_text(path.read_text().replace("0", "1", 1))

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from threadpoolctl import threadpool_limits
@@ -198,16 +199,37 @@ def data_name(folder: Path) -> str:
 
 
 def gather(folder: Path) -> pd.DataFrame:
-    """Results of all finished runs and controls under a sweep's folder."""
-    rows = []
+    """Results of all finished runs and controls under a sweep's folder.
+
+    Raises:
+        UsageError: Where there are none, or where runs of one family and variant were trained by
+            different recipes, which an interval over seeds must not mix.
+    """
+    rows: list[dict[str, Any]] = []
+    recipes: dict[str, tuple[Path, Any]] = {}
     for path in _finished(folder, "runs") + _finished(folder, "controls"):
         files, lineage = read_folder(path)
+        if "config.yaml" in files:  # a control has no recipe
+            _check_recipe(path, files, lineage["result"]["family"], recipes)
         report = Report.from_json(files["metrics.json"].decode())
         attacked = Audit.from_json(files["audit.json"].decode())
         rows.append(results.row(report, attacked, lineage["result"]))
     if not rows:
         raise UsageError(f"sweep {str(folder)!r}: holds no finished run; run `dpsynth sweep` first")
     return results.collect(rows)
+
+
+def _check_recipe(
+    path: Path, files: Mapping[str, bytes], family: str, known: dict[str, tuple[Path, Any]]
+) -> None:
+    """Remember the recipe of a family's first run and refuse another."""
+    recipe = yaml.safe_load(files["config.yaml"])["recipe"]
+    first, before = known.setdefault(family, (path, recipe))
+    if recipe != before:
+        raise UsageError(
+            f"runs {first.name} and {path.name}: both are {family!r} but differ in settings; "
+            "move one of them out of the sweep"
+        )
 
 
 def _finished(folder: Path, part: str) -> list[Path]:
