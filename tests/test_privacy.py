@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dpsynth.checks import UsageError
-from dpsynth.privacy.ledger import Event, Ledger, compose_epsilon, second_opinion
+from dpsynth.privacy.accounting import compose_epsilon, second_opinion
+from dpsynth.privacy.events import Event
+from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.mechanisms import Measurer
 from dpsynth.privacy.plan import NoPrivacy, PrivacyPlan, gaussian_event, gaussian_mu
 

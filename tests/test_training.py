@@ -27,9 +27,11 @@ from tiny import ROWS, SCHEMA, frame, recipe, seat, table
 from dpsynth.checks import RefusedError, UsageError
 from dpsynth.data import Table
 from dpsynth.models.base import Generator
+from dpsynth.privacy.accounting import second_opinion
 from dpsynth.privacy.batches import PoissonBatches
 from dpsynth.privacy.engine import PrivateEngine
-from dpsynth.privacy.ledger import Event, Ledger, second_opinion
+from dpsynth.privacy.events import Event
+from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.plan import PrivacyPlan
 from dpsynth.randomness import stream
 from dpsynth.sampling import sample_table

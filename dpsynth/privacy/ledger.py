@@ -2,83 +2,79 @@
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from numbers import Real
 from typing import Any
 
 import numpy as np
-from dp_accounting.pld import privacy_loss_distribution as pld
-from opacus.accountants import PRVAccountant
 
 from dpsynth.checks import UsageError, check_choice, check_count, check_fraction
+from dpsynth.privacy import accounting
+from dpsynth.privacy.events import Event
 
-__all__ = ["MECHANISMS", "Event", "Ledger", "compose_epsilon", "second_opinion"]
+__all__ = ["RELATIONS", "Executed", "Ledger"]
 
-MECHANISMS = ("gaussian", "poisson_gaussian", "none")
-_FINE = 1e-4
+FORMAT = 2
+RELATIONS = ("add_remove",)
+_HEADER = ("unit", "contributions", "relation", "delta", "noise")
 
 
 @dataclass(frozen=True)
-class Event:
-    """One thing that looked at the rows.
+class Executed:
+    """What DP-SGD really did.
 
     Attributes:
-        what: What it paid for, e.g. `discretiser:age`, `marginals`, `dpsgd:diffusion`.
-        mechanism: `gaussian` (noise σ·sensitivity on a sum), `poisson_gaussian` (the same on a
-            Poisson sample, `steps` times), or `none` (no noise: ε is infinite).
-        sigma: Noise multiplier: standard deviation over L2 sensitivity.
-        q: Sampling probability of one record in one step.
-        steps: Number of times the mechanism ran.
-        when: UTC time of writing; the ledger fills it in.
+        steps: Steps taken, each counted once.
+        replayed: Steps taken again after a crash, with the same rows and the same draws; what was
+            lost was seen by nobody, so they cost nothing.
     """
 
-    what: str
-    mechanism: str
-    sigma: float = 0.0
-    q: float = 1.0
-    steps: int = 1
-    when: str = ""
+    steps: int = 0
+    replayed: int = 0
 
     def __post_init__(self) -> None:
-        check_choice(f"mechanism of {self.what!r}", self.mechanism, MECHANISMS)
-        check_count(f"steps of {self.what!r}", self.steps)
-        for name in ("sigma", "q"):
-            if not isinstance(getattr(self, name), Real):
-                raise UsageError(
-                    f"event {self.what!r}: {name}={getattr(self, name)!r}; must be a number"
-                )
-        if self.mechanism != "none" and not (math.isfinite(self.sigma) and self.sigma > 0):
-            raise UsageError(f"event {self.what!r}: sigma={self.sigma}; must be above 0")
-        if not 0 < self.q <= 1:
-            raise UsageError(f"event {self.what!r}: q={self.q}; must be in (0, 1]")
-        if self.mechanism == "gaussian" and self.q != 1:
-            raise UsageError(
-                f"event {self.what!r}: a gaussian event reads all rows, so q must be 1"
-            )
+        check_count("executed steps", self.steps, least=0)
+        check_count("replayed steps", self.replayed, least=0)
 
 
+@dataclass
 class Ledger:
     """Append-only list of events of one training, composed under add/remove adjacency.
 
-    Args:
+    Attributes:
         delta: Probability of failure that ε is stated at.
-        unit: What a neighbouring table differs by: one `record`.
-        relation: `add_remove`.
+        unit: What a neighbouring table differs by: one `record`, or all rows that share a value of
+            the column named here.
+        contributions: Most rows of one unit; 1 for records.
+        relation: `add_remove`: a neighbouring table has one unit more or less.
+        noise: Where the noise comes from, e.g. `philox:seed` or `aes256-ctr:system`.
+        sink: Called with every event before it counts; writes it where a crash cannot reach it.
+        executed: What was done of what was paid.
+        seal: sha256 of the files that the run was saved with.
     """
 
-    def __init__(self, delta: float, *, unit: str = "record", relation: str = "add_remove") -> None:
-        check_fraction("delta", delta)
-        check_choice("unit", unit, ("record",))
-        check_choice("relation", relation, ("add_remove",))
-        self.delta = delta
-        self.unit = unit
-        self.relation = relation
-        self._events: list[Event] = []
+    delta: float
+    unit: str = "record"
+    contributions: int = 1
+    relation: str = "add_remove"
+    noise: str = "philox:seed"
+    sink: Callable[[Event], Event] | None = None
+    executed: Executed = Executed()
+    seal: Mapping[str, str] = field(default_factory=dict)
+    _events: list[Event] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_fraction("delta", self.delta)
+        check_choice("relation", self.relation, RELATIONS)
+        check_count("contributions", self.contributions)
+        for name in ("unit", "noise"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise UsageError(f"ledger {name}={getattr(self, name)!r}: must be a text")
+        if self.unit == "record" and self.contributions != 1:
+            raise UsageError(f"contributions={self.contributions}: a record is one row")
 
     @property
     def events(self) -> tuple[Event, ...]:
@@ -88,12 +84,13 @@ class Ledger:
     def pay(self, event: Event) -> None:
         """Write an event; call it before the mechanism reads a row."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._events.append(replace(event, when=event.when or now))
+        event = replace(event, when=event.when or now)
+        self._events.append(event if self.sink is None else self.sink(event))
 
     @property
     def epsilon(self) -> float:
         """ε at the ledger's δ, composed by PLD (pessimistic rounding)."""
-        return compose_epsilon(self.events, self.delta)
+        return accounting.compose_epsilon(self.events, self.delta, group=self.contributions)
 
     def cross_check(self) -> None:
         """Refuse a ledger on which the second accountant does not agree.
@@ -104,7 +101,8 @@ class Ledger:
         Raises:
             UsageError: When the two disagree.
         """
-        first, second = self.epsilon, second_opinion(self.events, self.delta)
+        first = self.epsilon
+        second = accounting.second_opinion(self.events, self.delta, group=self.contributions)
         if first == second:  # both infinite, or nothing spent
             return
         if not -1e-3 * (1 + first) <= second - first <= 0.02 + 0.01 * first:
@@ -114,44 +112,80 @@ class Ledger:
 
     def profile(self, epsilons: Sequence[float]) -> np.ndarray:
         """δ(ε) at each of `epsilons` (the privacy profile), for trade-off curves."""
-        if any(event.mechanism == "none" for event in self._events):
-            return np.ones(len(epsilons))
-        if not self._events:
-            return np.maximum(0.0, 1.0 - np.exp(np.asarray(epsilons, dtype=float)))
-        composed = _compose(_merged(self.events), 1e-3)
-        # The library rounds pessimistically; beyond 1 a δ says nothing more.
-        return np.minimum(1.0, composed.get_delta_for_epsilon(list(epsilons)))
+        return accounting.profile(self.events, epsilons, group=self.contributions)
+
+    def sealed(self, files: Mapping[str, bytes], executed: Executed) -> Ledger:
+        """This ledger as it is saved beside `files`: closed, and bound to their content."""
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        return replace(self, sink=None, executed=executed, seal=digests)
 
     def to_json(self) -> str:
-        """Text of `ledger.json`, one event a row."""
+        """Text of `ledger.json`: one event a row, each with a hash of itself and all before it."""
+        header = {name: getattr(self, name) for name in _HEADER}
+        chain = _link("", header)
+        rows = []
+        for event in self._events:
+            chain = _link(chain, event.to_dict())
+            rows.append({**event.to_dict(), "chain": chain})
+        tail = {
+            "executed": {"steps": self.executed.steps, "replayed": self.executed.replayed},
+            "seal": dict(self.seal),
+        }
         body = {
-            "format": 1,
-            "unit": self.unit,
-            "relation": self.relation,
-            "delta": self.delta,
+            "format": FORMAT,
+            **header,
             "accountant": "dp-accounting PLD",
-            "events": [asdict(event) for event in self._events],
+            "events": rows,
+            **tail,
+            "head": _link(chain, tail),
         }
         return json.dumps(body, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Ledger:
-        """Inverse of `to_json`; what is unknown or missing is refused, never guessed."""
+        """Inverse of `to_json`; what is unknown, missing or changed is refused, never guessed."""
         try:
             body: dict[str, Any] = json.loads(text)
         except ValueError as error:
             raise UsageError(f"ledger is not JSON: {error}") from error
-        if not isinstance(body, dict) or body.get("format") != 1:
+        if not isinstance(body, dict) or body.get("format") != FORMAT:
             found = body.get("format") if isinstance(body, dict) else None
-            raise UsageError(f"ledger format={found}: this version reads 1")
-        _check_keys("ledger", body, ("format", "unit", "relation", "delta", "accountant", "events"))
-        ledger = cls(body["delta"], unit=body["unit"], relation=body["relation"])
+            raise UsageError(f"ledger format={found}: this version reads {FORMAT}")
+        _check_keys(
+            "ledger",
+            body,
+            ("format", *_HEADER, "accountant", "events", "executed", "seal", "head"),
+        )
+        _check_keys("ledger executed", body["executed"], ("steps", "replayed"))
         if not isinstance(body["events"], list):
             raise UsageError("ledger events: must be a list")
+        if not isinstance(body["seal"], dict):
+            raise UsageError("ledger seal: must map files to hashes")
+        header = {name: body[name] for name in _HEADER}
+        chain = _link("", header)
+        events = []
         for number, row in enumerate(body["events"]):
-            _check_keys(f"ledger event {number}", row, tuple(Event.__dataclass_fields__))
-            ledger._events.append(Event(**row))
-        return ledger
+            if not isinstance(row, dict):
+                raise UsageError(f"ledger event {number}: must be an object")
+            event = Event.from_dict({k: v for k, v in row.items() if k != "chain"})
+            chain = _link(chain, event.to_dict())
+            if row.get("chain") != chain:
+                raise UsageError(
+                    f"ledger event {number} ({event.what!r}): differs from its hash; the ledger "
+                    "was changed after it was written"
+                )
+            events.append(event)
+        tail = {"executed": body["executed"], "seal": body["seal"]}
+        if body["head"] != _link(chain, tail):
+            raise UsageError("ledger: differs from its hash; it was changed after it was written")
+        return cls(
+            **header, executed=Executed(**body["executed"]), seal=body["seal"], _events=events
+        )
+
+
+def _link(before: str, row: Mapping[str, Any]) -> str:
+    text = json.dumps([before, row], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _check_keys(name: str, found: Any, wanted: Sequence[str]) -> None:
@@ -163,54 +197,3 @@ def _check_keys(name: str, found: Any, wanted: Sequence[str]) -> None:
     for key in wanted:
         if key not in found:
             raise UsageError(f"{name}: {key!r} is missing")
-
-
-def compose_epsilon(events: Sequence[Event], delta: float, interval: float = _FINE) -> float:
-    """ε(δ) of all `events` together by PLD; 0 for none, inf where one of them adds no noise."""
-    if not events:
-        return 0.0
-    if any(event.mechanism == "none" for event in events):
-        return math.inf
-    return float(_compose(_merged(tuple(events)), interval).get_epsilon_for_delta(delta))
-
-
-def second_opinion(events: Sequence[Event], delta: float) -> float:
-    """Upper ε of the same events by Opacus' PRV accountant (Gopi et al. 2021)."""
-    if not events:
-        return 0.0
-    if any(event.mechanism == "none" for event in events):
-        return math.inf
-    return _prv(_merged(tuple(events)), delta)
-
-
-@functools.lru_cache(maxsize=256)
-def _prv(rows: tuple[tuple[float, float, int], ...], delta: float) -> float:
-    accountant = PRVAccountant()
-    accountant.history = list(rows)
-    return float(accountant.get_epsilon(delta, eps_error=0.01))
-
-
-def _merged(events: tuple[Event, ...]) -> tuple[tuple[float, float, int], ...]:
-    """(σ, q, steps) rows: all full-batch Gaussians folded into one (Σ 1/σ² adds up exactly)."""
-    mu2 = sum(event.steps / event.sigma**2 for event in events if event.q == 1)
-    rows = [(mu2**-0.5, 1.0, 1)] if mu2 else []
-    sampled: dict[tuple[float, float], int] = {}
-    for event in events:
-        if event.q < 1:
-            key = (event.sigma, event.q)
-            sampled[key] = sampled.get(key, 0) + event.steps
-    return tuple(rows + [(sigma, q, steps) for (sigma, q), steps in sampled.items()])
-
-
-@functools.lru_cache(maxsize=256)
-def _compose(
-    rows: tuple[tuple[float, float, int], ...], interval: float
-) -> pld.PrivacyLossDistribution:
-    composed = None
-    for sigma, q, steps in rows:
-        one = pld.from_gaussian_mechanism(
-            sigma, sampling_prob=q, value_discretization_interval=interval
-        ).self_compose(steps)
-        composed = one if composed is None else composed.compose(one)
-    assert composed is not None
-    return composed

@@ -14,7 +14,9 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from dpsynth.checks import UsageError, check_choice, check_count, check_fraction, check_positive
-from dpsynth.privacy.ledger import Event, Ledger, compose_epsilon
+from dpsynth.privacy.accounting import compose_epsilon
+from dpsynth.privacy.events import Event
+from dpsynth.privacy.ledger import Ledger
 
 __all__ = ["NoPrivacy", "PrivacyPlan", "check_shares", "gaussian_mu"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dpsynth.models.base import Generator
-from dpsynth.privacy.ledger import compose_epsilon
+from dpsynth.privacy.accounting import compose_epsilon
 from dpsynth.privacy.plan import PrivacyPlan
 
 __all__ = ["LastCheckpoint", "SpentEpsilon", "TrainingProgress", "default_callbacks", "spent"]
@@ -25,7 +26,7 @@ def spent(plan: PrivacyPlan, steps: int) -> float:
     event = plan.training_event("dpsgd")
     events = plan.measured()
     if steps:
-        events.append(type(event)(event.what, event.mechanism, event.sigma, event.q, steps))
+        events.append(replace(event, steps=steps))
     return compose_epsilon(events, plan.delta, 1e-3) if plan.private else float("inf")
 
 
