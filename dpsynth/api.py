@@ -14,6 +14,7 @@ from dpsynth import evaluation
 from dpsynth.checks import UsageError
 from dpsynth.data import Table, read_frame
 from dpsynth.evaluation import Report
+from dpsynth.randomness import fresh_key, stream
 from dpsynth.schema import Schema
 from dpsynth.training.callbacks import default_callbacks
 from dpsynth.training.fleet import Recipe, Seat, train_fleet
@@ -46,11 +47,18 @@ def fit(
         seed: Fixed seed; leave it out for anything that is to be released.
         options: Settings of the family.
         progress: Whether to show steps, ε spent and time left on standard error.
-        **privacy: Settings of `PrivacyPlan`: batch, steps, clip, shares.
+        **privacy: Settings of `PrivacyPlan`: batch, steps, clip, shares; `unit` and
+            `contributions` where a person has several rows; `secure` for noise from the operating
+            system's entropy through AES-256.
     """
     recipe = Recipe(model, options or {}, {"delta": delta, **privacy})
     callbacks = default_callbacks(model, None, Console(stderr=True)) if progress else ()
-    seat = Seat(_table(data, schema), epsilon, seed)
+    unit = privacy.get("unit", "record")
+    table = _table(data, schema, None if unit == "record" else unit)
+    if unit != "record":
+        key = fresh_key() if seed is None else seed
+        table = table.bounded(privacy.get("contributions", 1), stream(key, "unit"))
+    seat = Seat(table, epsilon, seed)
     (trained,) = train_fleet(recipe, [seat], callbacks=callbacks)
     return Run.of(trained, data="in memory")
 
@@ -98,12 +106,13 @@ def _frame(data: Any) -> pd.DataFrame:
     return data.to_pandas()
 
 
-def _table(data: Any, schema: Schema | str | Path | None) -> Table:
+def _table(data: Any, schema: Schema | str | Path | None, unit: str | None = None) -> Table:
     if isinstance(data, Table) and schema is None:
         return data
     if schema is None:
         raise UsageError("schema is missing; declare one (draft it with Schema.infer)")
     known = schema if isinstance(schema, Schema) else Schema.load(schema)
-    if isinstance(data, (str, Path)):
-        return Table.read(data, known)  # which leaves the text of categories as it stands
-    return Table.from_frame(_frame(data), known)
+    strict = not known.measured  # else rows lie outside by rule, not by mistake
+    if isinstance(data, (str, Path)):  # leaves the text of categories as it stands
+        return Table.read(data, known, strict=strict, unit=unit)
+    return Table.from_frame(_frame(data), known, strict=strict, unit=unit)

@@ -32,11 +32,31 @@ from dpsynth.checks import RefusedError, UsageError, check_choice, check_count
 from dpsynth.data import Split, Table, read_frame, write_frame
 from dpsynth.evaluation import Report, evaluate
 from dpsynth.frontier.plot import write_frontier
-from dpsynth.frontier.sweep import Judging, LoggerOf, Point, data_name, gather, run_sweep
-from dpsynth.randomness import stream
+from dpsynth.frontier.results import releases
+from dpsynth.frontier.sweep import (
+    Judging,
+    LoggerOf,
+    Point,
+    data_name,
+    finished_runs,
+    gather,
+    run_facts,
+    run_sweep,
+    unit_name,
+)
+from dpsynth.privacy.ledger import Ledger
+from dpsynth.privacy.metadata import Budget, measure, spent_epsilon
+from dpsynth.privacy.selection import Selection
+from dpsynth.privacy.targets import Target
+from dpsynth.privacy.together import together
+from dpsynth.randomness import fresh_key, secure_stream, stream
+from dpsynth.release.card import card
+from dpsynth.release.verify import verify
 from dpsynth.schema import Schema
-from dpsynth.training.fleet import Recipe
+from dpsynth.training.fleet import Recipe, epsilon_for
+from dpsynth.training.release import check_release
 from dpsynth.training.run import Run
+from dpsynth.training.select import Choice, select
 
 __all__ = ["main", "point_of", "split_of"]
 
@@ -47,8 +67,10 @@ USAGE = """dpsynth: synthetic tables under differential privacy, and the evidenc
   dpsynth frontier SWEEP              figures and data of a sweep
   dpsynth sample   RUN --rows N       a table from a run
   dpsynth evaluate RUN|TABLE --real R --holdout H
-  dpsynth inspect  RUN                what is in a run folder
-  dpsynth schema   infer DATA | check SCHEMA DATA
+  dpsynth verify   RUN                recompute the claim of a run from its files
+  dpsynth select   KEY=V1,V2 ...      train a random number of trials, keep the best, pay for all
+  dpsynth inspect  RUN                what is in a run folder, and what it allows an attacker
+  dpsynth schema   infer DATA | check SCHEMA DATA | measure DATA DRAFT --epsilon E
 
 `dpsynth COMMAND --help` says more; `dpsynth train --help` lists every key and what it means.
 `--debug` shows the traceback of an error. Exit codes: 2 unusable input, 3 refused by policy."""
@@ -103,6 +125,8 @@ def _dispatch(arguments: list[str]) -> None:
         "frontier": _frontier,
         "sample": _sample,
         "evaluate": _evaluate,
+        "verify": _verify,
+        "select": _select,
         "inspect": _inspect,
         "schema": _schema,
     }
@@ -176,11 +200,22 @@ def _flat(grid: dict[str, Any], above: str = "") -> dict[str, list[Any]]:
     return flat
 
 
-def point_of(cfg: DictConfig, variant: str = "") -> Point:
-    """The typed point of a grid that a configuration describes."""
+def point_of(cfg: DictConfig, members: Table | None = None, variant: str = "") -> Point:
+    """The typed point of a grid that a configuration describes.
+
+    Args:
+        cfg: The configuration.
+        members: Rows to train on; their schema turns a `privacy.target` into an ε.
+        variant: What sets its recipe apart from others of its family.
+    """
     plain = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     privacy = dict(plain["privacy"])
-    epsilon = _number("privacy.epsilon", privacy.pop("epsilon", None))
+    given, target = privacy.pop("epsilon", None), privacy.pop("target", None)
+    secure, seed = privacy.pop("secure", None), plain["seed"]
+    privacy["secure"] = bool(plain["release"]) if secure is None else secure
+    usual = {"unit": "record", "contributions": 1, "secure": False}
+    # What says nothing beyond the default is left out, so that a recipe has one spelling.
+    privacy = {k: v for k, v in privacy.items() if k not in usual or v != usual[k]}
     for name in plain["training"]:
         check_choice("training setting", name, ("engine", "piece", "device"))
     recipe = Recipe(
@@ -190,9 +225,26 @@ def point_of(cfg: DictConfig, variant: str = "") -> Point:
         plain["codec"],
         **plain["training"],
     )
-    if plain["seed"] is not None:
-        check_count("seed", plain["seed"], least=0)
-    return Point(recipe, epsilon, plain["seed"], variant)
+    if seed is not None:
+        check_count("seed", seed, least=0)
+    epsilon = _epsilon(recipe, given, target, members)
+    if plain["release"]:
+        check_release(recipe, epsilon, seed, None if members is None else members.schema)
+    return Point(recipe, epsilon, seed, variant)
+
+
+def _epsilon(recipe: Recipe, given: object, target: dict[str, Any], members: Table | None) -> float:
+    """ε as given, or the greatest that keeps to a target in other terms."""
+    target = {k: v for k, v in target.items() if v is not None}
+    if set(target) <= {"fpr"}:
+        return _number("privacy.epsilon", 1.0 if given is None else given)
+    if given is not None:
+        raise UsageError("privacy.epsilon and privacy.target: both are given; give one of them")
+    if members is None:
+        raise UsageError("privacy.target: needs the table it is to hold for")
+    if "tpr" not in target:
+        target.pop("fpr", None)
+    return epsilon_for(recipe, members, Target.from_dict(target))
 
 
 def _number(name: str, value: object) -> float:
@@ -211,7 +263,17 @@ def split_of(cfg: DictConfig) -> Split:
     elif data.schema is None:
         raise UsageError("data.schema: needs a value; give data=file data.path=… data.schema=…")
     else:
-        table = Table.read(str(data.path), Schema.load(str(data.schema)), strict=data.strict)
+        schema, unit = Schema.load(str(data.schema)), _unit(cfg)
+        # Under a measured schema rows lie outside by rule, not by mistake.
+        strict = data.strict
+        if strict is None:
+            strict = not (cfg.release or schema.measured)
+        if strict and cfg.release:
+            raise RefusedError(
+                "data.strict=true: its messages quote rows; leave it out with release=true"
+            )
+        table = Table.read(str(data.path), schema, strict=strict, unit=unit)
+        table = table.bounded(cfg.privacy.contributions, stream(data.split_seed, "unit"))
     left_out = cast(dict[str, Any], OmegaConf.to_container(data)).get("drop")
     if not isinstance(left_out, list):
         raise UsageError(f"data.drop={left_out}: must be a list, as in data.drop=[name]")
@@ -224,6 +286,11 @@ def split_of(cfg: DictConfig) -> Split:
     return Split.random(table, rng, holdout=data.holdout, reference=data.reference)
 
 
+def _unit(cfg: DictConfig) -> str | None:
+    """Column that says who a row belongs to, if the unit of privacy is not the row itself."""
+    return None if cfg.privacy.unit == "record" else cfg.privacy.unit
+
+
 def judging_of(cfg: DictConfig) -> Judging:
     """How runs are judged, from the `evaluation` and `audit` groups."""
     return Judging(
@@ -232,6 +299,7 @@ def judging_of(cfg: DictConfig) -> Judging:
         cfg.audit.draws,
         cfg.audit.reference_model,
         cfg.audit.seed,
+        apart=bool(cfg.private_report or cfg.release),
     )
 
 
@@ -282,11 +350,13 @@ def _train(arguments: list[str]) -> None:
 
 def _train_one(cfg: DictConfig, folder: Path | None) -> None:
     """Train and judge one point in a workspace, then move its run to where it was asked for."""
-    point = point_of(cfg)
-    out = Path(cfg.out) if cfg.out else (folder or Path("runs") / point.name)
-    if out.exists():
-        raise UsageError(f"out={str(out)!r}: exists already; choose another or remove it")
     split = split_of(cfg)
+    point = point_of(cfg, split.members)
+    out = Path(cfg.out) if cfg.out else (folder or Path("runs") / point.name)
+    kept = out.with_name(f"{out.name}.private")
+    for path in (out, kept):
+        if path.exists():
+            raise UsageError(f"out={str(path)!r}: exists already; choose another or remove it")
     judging, loggers = judging_of(cfg), logger_of(cfg)
     work = out.with_name(f".{out.name}.work")
     begun, logs = work.exists(), out.parent / "logs"
@@ -305,9 +375,12 @@ def _train_one(cfg: DictConfig, folder: Path | None) -> None:
         if not begun:  # else it may hold hours of work that this command has no say in
             shutil.rmtree(work, ignore_errors=True)
         raise
+    if judging.apart:
+        (work / "private" / point.name).rename(kept)
     (work / "runs" / point.name).rename(out)
     shutil.rmtree(work)
-    console.print(f"run: {out}   page: {out / 'report.html'}", soft_wrap=True)
+    page = f"figures: {kept}" if judging.apart else f"page: {out / 'report.html'}"
+    console.print(f"run: {out}   {page}", soft_wrap=True)
 
 
 def _sweep(arguments: list[str]) -> None:
@@ -315,18 +388,19 @@ def _sweep(arguments: list[str]) -> None:
         return _help_keys()
     grid = expand(arguments)
     configs = [cfg for cfg, _ in grid]
-    shared = ("data", "evaluation", "audit", "logger", "out")
+    shared = ("data", "evaluation", "audit", "logger", "out", "release", "private_report")
     first = configs[0]
     for cfg in configs:
         for key in shared:
             if cfg[key] != first[key]:
                 raise UsageError(f"{key}: must be the same for a whole sweep; sweep them apart")
-    points = [point_of(cfg, variant) for cfg, variant in grid]
+    split = split_of(first)
+    points = [point_of(cfg, split.members, variant) for cfg, variant in grid]
     out = Path(first.out or f"runs/sweep-{first.data.name}")
     console.print(f"sweep of {len(points)} runs into {out}")
     table = run_sweep(
         points,
-        split_of(first),
+        split,
         out,
         data=first.data.name,
         judging=judging_of(first),
@@ -334,13 +408,22 @@ def _sweep(arguments: list[str]) -> None:
         logger=logger_of(first),
         with_controls=first.audit.controls,
     )
-    _draw(table, out, out / "frontier", "tvd2")
+    if not table.empty:
+        _draw(table, out, _figures(out), "tvd2")
     return None
 
 
+def _figures(sweep: Path) -> Path:
+    """Where a sweep's figures go: with its private figures, if those are kept apart."""
+    apart = any(sweep.glob("private/*/metrics.json"))
+    return sweep / "private" / "frontier" if apart else sweep / "frontier"
+
+
 def _draw(table: pd.DataFrame, sweep: Path, out: Path, x: str) -> None:
-    title = f"{data_name(sweep)} · one record added or removed"
-    write_frontier(table, out, title=title, x=x)
+    title = f"{data_name(sweep)} · one {unit_name(sweep)} added or removed"
+    cost = together(releases(finished_runs(sweep)))
+    write_frontier(table, out, title=title, x=x, together=cost)
+    console.print(cost.line, soft_wrap=True)
     shown = f"frontier: {out / 'frontier.png'}   interactive: {out / 'frontier.html'}"
     console.print(shown, soft_wrap=True)
     console.print(f"runs, each with its report.html: {sweep / 'runs'}")
@@ -352,9 +435,7 @@ def _frontier(arguments: list[str]) -> None:
     parser.add_argument("--x", default="tvd2", help="metric on the fidelity axis")
     parser.add_argument("--out", type=Path, help="folder to write; SWEEP/frontier by default")
     options = parser.parse_args(arguments)
-    _draw(
-        gather(options.sweep), options.sweep, options.out or options.sweep / "frontier", options.x
-    )
+    _draw(gather(options.sweep), options.sweep, options.out or _figures(options.sweep), options.x)
 
 
 def _sample(arguments: list[str]) -> None:
@@ -414,7 +495,8 @@ def _judged_tables(options: argparse.Namespace) -> tuple[Table, Table, Table]:
             if odd := set(frame.columns) ^ set(frames[0].columns):
                 raise UsageError(f"column {sorted(odd)[0]!r}: not in both --real and the {name}")
         schema = Schema.infer(pd.concat(frames, ignore_index=True), options.target)
-    tables = [Table.from_frame(_under(frame, schema), schema) for frame in frames]
+    strict = not schema.measured  # else rows lie outside by rule, not by mistake
+    tables = [Table.from_frame(_under(frame, schema), schema, strict=strict) for frame in frames]
     if run is not None:
         tables.append(run.sample_table(run.plan.rows, rng=options.seed))
     return tables[0], tables[1], tables[2]
@@ -434,11 +516,49 @@ def _print_report(report: Report) -> None:
         console.print(f"note: {note}")
 
 
+def _verify(arguments: list[str]) -> None:
+    parser = _Parser(
+        prog="dpsynth verify",
+        description="Recompute a run's claim from its files; any disagreement is an error.",
+    )
+    parser.add_argument("run", type=Path, help="run folder")
+    verdict = verify(parser.parse_args(arguments).run)
+    console.print(verdict.line, soft_wrap=True)
+    if verdict.unchecked:
+        console.print(f"not recomputed, hash only: {', '.join(verdict.unchecked)}", soft_wrap=True)
+
+
+def _select(arguments: list[str]) -> None:
+    if {"-h", "--help"} & set(arguments):
+        return _help_keys()
+    grid = expand(arguments)
+    first = grid[0][0]
+    out = Path(first.out or f"runs/selected-{first.data.name}")
+    if out.exists():
+        raise UsageError(f"out={str(out)!r}: exists already; choose another or remove it")
+    split = split_of(first)
+    points = [point_of(cfg, split.members) for cfg, _ in grid]
+    for cfg, point in zip([cfg for cfg, _ in grid], points, strict=True):
+        same = (point.epsilon, point.seed) == (points[0].epsilon, points[0].seed)
+        if not same or cfg.data != first.data:
+            raise UsageError("select: privacy, seed and data must be the same for all candidates")
+    law = Selection(first.select.mean, first.select.shape, first.select.share)
+    choice = Choice(tuple(point.recipe for point in points), law, points[0].epsilon)
+    console.print(f"selection among {len(points)} candidates into {out}", soft_wrap=True)
+    trained = select(split.members, choice, seed=points[0].seed)
+    run = Run.of(trained, data=first.data.name, selection=choice.to_dict())
+    facts = run_facts(run, name=out.name, data=first.data.name)
+    run.save(out, {"README.md": card(facts).encode()})
+    console.print(f"run: {out}   ε {run.epsilon:.4f}", soft_wrap=True)
+    return None
+
+
 def _inspect(arguments: list[str]) -> None:
     parser = _Parser(prog="dpsynth inspect", description="What is in a run folder.")
     parser.add_argument("run", type=Path)
     files, lineage = read_folder(parser.parse_args(arguments).run)
     shown = {
+        "claim": _claim(files["ledger.json"].decode()) if "ledger.json" in files else None,
         "lineage": lineage,
         "config": yaml.safe_load(files["config.yaml"]) if "config.yaml" in files else None,
         "ledger": json.loads(files["ledger.json"]) if "ledger.json" in files else None,
@@ -447,30 +567,99 @@ def _inspect(arguments: list[str]) -> None:
     print(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True))
 
 
+def _claim(text: str) -> dict[str, Any]:
+    """What a ledger allows an attacker who knows everything but one unit."""
+    ledger = Ledger.from_json(text)
+    rates = (0.001, 0.01, 0.1)
+    found = 1 - ledger.tradeoff(rates)
+    return {
+        "epsilon": ledger.epsilon,
+        "delta": ledger.delta,
+        "unit": ledger.unit,
+        "mu": ledger.mu,
+        "advantage": ledger.advantage,
+        "tpr_at_fpr": {rate: float(tpr) for rate, tpr in zip(rates, found, strict=True)},
+        "delta_at_epsilon": {e: float(ledger.profile([e])[0]) for e in (0.5, 1.0, 2.0, 4.0, 8.0)},
+    }
+
+
 def _schema(arguments: list[str]) -> None:
-    parser = _Parser(prog="dpsynth schema", description="Draft or check a schema.")
+    parser = _Parser(prog="dpsynth schema", description="Draft, check or measure a schema.")
     actions = parser.add_subparsers(dest="action", required=True)
     infer = actions.add_parser("infer", help="draft a schema from rows; a person must declare it")
     infer.add_argument("data", type=Path)
     infer.add_argument("--target")
-    infer.add_argument("--out", type=Path, help="file to write; standard output by default")
+    infer.set_defaults(work=_infer)
     check = actions.add_parser("check", help="check rows against a schema")
     check.add_argument("schema", type=Path)
     check.add_argument("data", type=Path)
+    check.set_defaults(work=_check)
+    measure = actions.add_parser("measure", help="measure what a draft leaves open, and pay for it")
+    measure.add_argument("data", type=Path)
+    measure.add_argument("draft", type=Path)
+    measure.add_argument("--epsilon", type=float, required=True, help="ε of all of it together")
+    measure.add_argument("--delta", type=float, default=1e-6, help="δ of it; 1e-6 by default")
+    measure.add_argument("--contributions", type=int, default=1, help="most rows of one unit")
+    measure.add_argument("--seed", type=int, help="repeatable noise; such a schema is no release")
+    measure.set_defaults(work=_measure)
+    for action in (infer, measure):
+        action.add_argument("--out", type=Path, help="file to write; standard output by default")
+    for action in (check, measure):
+        action.add_argument("--unit", help="column that says who owns a row")
     options = parser.parse_args(arguments)
-    if options.action == "check":
-        table = Table.read(options.data, Schema.load(options.schema))
-        console.print(f"{len(table)} rows keep to {options.schema}")
-        return
+    options.work(options)
+
+
+def _infer(options: argparse.Namespace) -> None:
     text = Schema.infer(read_frame(options.data), options.target).to_json()
     if options.out is None:
         print(text, end="")
+        return
+    options.out.write_text(text, encoding="utf-8")
+    console.print(
+        f"{options.out}: every fact was read off the rows; check each, widen bounds, declare "
+        "expected_rows, and set provenance to 'declared'"
+    )
+
+
+def _check(options: argparse.Namespace) -> None:
+    schema = Schema.load(options.schema)
+    table = Table.read(options.data, schema, strict=not schema.measured, unit=options.unit)
+    console.print(f"{len(table)} rows keep to {options.schema}", soft_wrap=True)
+    for fault in schema.faults():
+        console.print(f"a run with finite ε refuses: {fault}", soft_wrap=True)
+
+
+def _measure(options: argparse.Namespace) -> None:
+    out, seed = options.out, options.seed
+    if out is not None and (out.exists() or not out.parent.is_dir()):
+        # Before any of the budget is spent.
+        why = "exists, and measuring again spends again" if out.exists() else "has no folder"
+        raise UsageError(f"out={str(out)!r}: {why}; choose another")
+    rng = secure_stream(fresh_key(secure=True), "metadata")
+    noise = "aes256-ctr:system"
+    if seed is not None:
+        check_count("seed", seed, least=0)
+        rng, noise = stream(seed, "metadata"), "philox:seed"
+    unit = options.unit or "record"
+    draft, frame = Schema.load(options.draft), read_frame(options.data, typed=False)
+    budget = Budget(options.delta, epsilon=options.epsilon)
+    schema = measure(
+        frame, draft, budget, rng=rng, unit=unit, contributions=options.contributions, noise=noise
+    )
+    if out is None:
+        print(schema.to_json(), end="")
     else:
-        options.out.write_text(text)
-        console.print(
-            f"{options.out}: every fact was read off the rows; check each, widen bounds, declare "
-            "expected_rows, and set provenance to 'declared'"
-        )
+        out.write_text(schema.to_json(), encoding="utf-8")
+    new = schema.spent[len(draft.spent) :]
+    spent = spent_epsilon(schema, options.delta)
+    rows = f"{options.contributions} rows of one {unit}" if options.unit else "one record"
+    print(
+        f"{out or 'schema'}: {len({e['what'] for e in new})} facts measured; all it holds costs "
+        f"ε={spent:.4g} at δ={options.delta:g} for {rows}, counted again by every run under it"
+        + ("; fixed seed: whoever knows it can undo the noise" if seed is not None else ""),
+        file=sys.stderr if out is None else sys.stdout,
+    )
 
 
 def _multirun(arguments: list[str]) -> None:

@@ -115,6 +115,25 @@ def test_batches_may_be_empty() -> None:
     assert not pieces[0][1].any()
 
 
+def test_secure_batches_follow_the_same_law() -> None:
+    """From AES in place of Philox: sizes, and how often each record is in."""
+    rng = FleetRng([3 << 200], secure=True)
+    table = np.zeros((1500, 40), dtype=bool)
+    for step in range(1500):
+        for index, inside in PoissonBatches([40], [0.15], piece=4).draw(rng, step):
+            table[step, index[inside].numpy()] = True
+    sizes = np.bincount(table.sum(1), minlength=41)
+    assert chi_square(sizes, stats.binom(40, 0.15).pmf(np.arange(41))) > LEAST
+    for record in range(40):
+        assert stats.binomtest(int(table[:, record].sum()), 1500, 0.15).pvalue > LEAST / 40
+
+
+def test_a_sampler_says_its_rates_and_has_no_variants() -> None:
+    """What binds it to a plan compares these; `final` stops a subclass with another draw."""
+    assert PoissonBatches([10, 20], [0.25, 1.0]).q == (0.25, 1.0)
+    assert PoissonBatches.__final__  # type: ignore[attr-defined]
+
+
 def test_runs_of_a_fleet_draw_what_each_draws_alone() -> None:
     rows, q, keys = [200, 50, 90], [0.1, 0.6, 1.0], [11, 12, 13]
     for step in range(20):

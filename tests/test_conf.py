@@ -155,7 +155,10 @@ def test_privacy_is_what_the_plan_would_take() -> None:
     assert held["delta"] == fit["delta"]
     assert held["shares"] == SHARES
     assert held["clip"] is None
-    assert set(held) - {"epsilon"} < set(own) | {"delta", "rows"}
+    assert held["epsilon"] is None and point_of(configure([])).epsilon == 1.0
+    for name in ("unit", "contributions"):
+        assert held[name] == own[name]
+    assert set(held) - {"epsilon", "target"} < set(own) | {"delta", "rows"}
 
 
 def test_the_recipes_settings_are_its_defaults() -> None:
@@ -169,7 +172,7 @@ def test_the_recipes_settings_are_its_defaults() -> None:
 def test_judging_is_what_the_sweep_would_take() -> None:
     held = {**body(Path("evaluation/default.yaml")), **body(Path("audit/quick.yaml"))}
     assert held.pop("controls") == defaults(run_sweep)["with_controls"]
-    assert held == defaults(Judging)
+    assert held == {k: v for k, v in defaults(Judging).items() if k != "apart"}
     assert judging_of(configure([])) == Judging()
 
 
@@ -178,7 +181,7 @@ def test_data_is_split_as_the_split_would() -> None:
     for name in ("adult", "file"):
         held = body(Path("data", f"{name}.yaml"))
         assert {key: held[key] for key in own} == own
-        assert held["strict"] is defaults(Table.from_frame)["strict"]
+        assert held["strict"] is None, "what is right depends on release and on the schema"
     assert set(body(Path("data/adult.yaml"))) == set(body(Path("data/file.yaml")))
 
 

@@ -2,7 +2,8 @@
 
 import json
 import math
-from dataclasses import FrozenInstanceError, asdict, replace
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,21 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dpsynth.checks import UsageError
+from dpsynth.privacy import cache
 from dpsynth.privacy.accounting import compose_epsilon, second_opinion
 from dpsynth.privacy.events import Event
-from dpsynth.privacy.ledger import Ledger
+from dpsynth.privacy.ledger import Executed, Ledger
 from dpsynth.privacy.mechanisms import Measurer
 from dpsynth.privacy.plan import NoPrivacy, PrivacyPlan, gaussian_event, gaussian_mu
 
 DELTA = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cache.FOLDER, str(tmp_path))
+
+
 SLACK = 1 + 1e-9  # rounding of doubles, not of an accountant
 
 
@@ -140,7 +149,17 @@ events = st.one_of(
         scales,
         st.floats(0, 1, exclude_min=True),
         st.integers(1, 10**9),
+        when=names,
+    ),
+    st.builds(Event, names, st.just("laplace"), scales),
+    st.builds(Event, names, st.just("pure"), epsilon=scales),
+    st.builds(Event, names, st.just("failure"), delta=st.floats(1e-12, 0.4)),
+    st.builds(
+        Event,
         names,
+        st.just("repeat_select"),
+        mean=st.floats(1, 1e3),
+        shape=st.sampled_from([0.0, 0.5, 1.0, math.inf]),
     ),
     st.builds(Event, names, st.just("none")),
 )
@@ -148,12 +167,13 @@ events = st.one_of(
 
 @given(st.lists(events, max_size=5), st.floats(1e-12, 0.4))
 def test_ledger_json_round_trip(paid: list[Event], delta: float) -> None:
-    ledger = Ledger(delta)
+    ledger = Ledger(delta, executed=Executed(30, 2))
     for event in paid:
         ledger.pay(event)
     again = Ledger.from_json(ledger.to_json())
     assert again.events == ledger.events
     assert (again.delta, again.unit, again.relation) == (delta, "record", "add_remove")
+    assert again.executed == Executed(30, 2)
     assert again.to_json() == ledger.to_json()
 
 
@@ -165,7 +185,7 @@ def body(**changes: Any) -> dict[str, Any]:
 
 
 def row(**changes: Any) -> dict[str, Any]:
-    return {**asdict(sampled(0.1, 2.0, 30)), **changes}
+    return {**sampled(0.1, 2.0, 30).to_dict(), **changes}
 
 
 def test_a_saved_ledger_costs_what_it_did() -> None:
@@ -178,13 +198,21 @@ def test_a_saved_ledger_costs_what_it_did() -> None:
 @pytest.mark.parametrize(
     ("changed", "part"),
     [
-        (body(format=2), "format=2"),
-        (body(unit="person"), "unit=person"),
-        (body(relation="replace"), "relation=replace"),
-        (body(delta=0.0), "delta=0"),
-        (body(delta=1.0), "delta=1"),
+        (body(format=1), "format=1"),
+        (body(unit="person"), "differs from its hash"),
+        (body(relation="replace"), "differs from its hash"),
+        (body(delta=1e-4), "differs from its hash"),
+        (body(head=""), "differs from its hash"),
+        (body(executed={"steps": 7, "replayed": 0}), "differs from its hash"),
+        (body(seal={"model": "00"}), "differs from its hash"),
+        (body(seal=[]), "seal"),
+        (body(executed=[]), "executed"),
+        (body(events=3), "must be a list"),
+        (body(events=[]), "differs from its hash"),
+        (body(events=[row()]), "differs from its hash"),
+        (body(events=body()["events"][::-1]), "differs from its hash"),
         (body(extra=1), "unknown key 'extra'"),
-        (body(events=[row(mechanism="laplace")]), "laplace: unknown"),
+        (body(events=[row(mechanism="guess")]), "guess: unknown"),
         (body(events=[row(sensitivity=2.0)]), "unknown key 'sensitivity'"),
         (body(events=[row(sigma=0.0)]), "sigma=0.0"),
         (body(events=[row(sigma="2.0")]), "sigma='2.0'"),
@@ -201,7 +229,7 @@ def test_a_ledger_that_says_something_unknown_is_refused(
         Ledger.from_json(json.dumps(changed))
 
 
-@pytest.mark.parametrize("key", ["format", "unit", "relation", "delta", "events"])
+@pytest.mark.parametrize("key", ["format", "unit", "relation", "delta", "events", "head"])
 def test_a_ledger_that_lacks_something_is_refused(key: str) -> None:
     held = body()
     del held[key]
@@ -227,17 +255,18 @@ def test_a_ledger_that_is_no_ledger_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("facts", "part"),
     [
-        ({"mechanism": "laplace"}, "laplace: unknown"),
+        ({"mechanism": "guess"}, "guess: unknown"),
+        ({"mechanism": "pure", "epsilon": 1.0}, "sigma=1 means nothing"),
         ({"steps": 0}, "steps of 'x'=0"),
         ({"steps": 1.5}, "steps of 'x'=1.5"),
         ({"sigma": 0.0}, "sigma=0.0"),
         ({"sigma": -1.0}, "sigma=-1.0"),
         ({"sigma": math.nan}, "sigma=nan"),
         ({"sigma": math.inf}, "sigma=inf"),
-        ({"q": 0.0}, "q=0.0"),
-        ({"q": 1.01}, "q=1.01"),
+        ({"mechanism": "poisson_gaussian", "q": 0.0}, "q=0.0"),
+        ({"mechanism": "poisson_gaussian", "q": 1.01}, "q=1.01"),
         ({"q": math.nan}, "q=nan"),
-        ({"q": 0.5}, "q must be 1"),
+        ({"q": 0.5}, "q=0.5 means nothing"),
     ],
 )
 def test_events_that_cannot_be_are_refused(facts: dict[str, Any], part: str) -> None:
@@ -248,7 +277,9 @@ def test_events_that_cannot_be_are_refused(facts: dict[str, Any], part: str) -> 
 @pytest.mark.parametrize(
     ("facts", "part"),
     [
-        ({"unit": "person"}, "unit=person"),
+        ({"unit": ""}, "unit=''"),
+        ({"contributions": 3}, "contributions=3"),
+        ({"noise": ""}, "noise=''"),
         ({"relation": "replace_one"}, "relation=replace_one"),
         ({"delta": 0.0}, "delta=0"),
         ({"delta": math.nan}, "delta=nan"),
@@ -414,7 +445,13 @@ def _paid(spending: PrivacyPlan) -> Ledger:
         ({"steps": -1}, "steps=-1"),
         ({"clip": 0.0}, "clip=0"),
         ({"clip": math.inf}, "clip=inf"),
-        ({"unit": "person"}, "unit=person"),
+        ({"unit": ""}, "unit=''"),
+        ({"contributions": 2}, "contributions=2"),
+        ({"unit": "person", "contributions": 0}, "contributions=0"),
+        ({"unit": "person", "contributions": 3, "delta": 1e-3}, "below 1/rows"),
+        ({"secure": 1}, "secure=1"),
+        ({"spent": "events"}, "privacy.spent"),
+        ({"spent": [{"mechanism": "gaussian"}]}, "missing"),
         ({"relation": "replace_one"}, "relation=replace_one"),
         ({"shares": {"training": 0.1}}, "privacy.shares=training"),
         ({"shares": {"codec": -0.1}}, "privacy.shares.codec=-0.1"),
@@ -443,8 +480,12 @@ def test_a_plan_refuses_what_it_cannot_say() -> None:
 
 
 def test_a_budget_that_no_noise_fits_is_refused() -> None:
-    with pytest.raises(UsageError, match="no noise is enough"):
-        plan(epsilon=3e-4, batch=2000, steps=1, shares={"marginals": 0.9989}).calibrate()
+    """Beside metadata that took all but one millionth of the budget."""
+    taken = Event("bounds", "gaussian", sigma=(1 + 1e-6) / gaussian_mu(1.0, DELTA))
+    for batch in (100, 2000):
+        crowded = plan(batch=batch, steps=10**6, shares={"marginals": 0.999}, spent=(taken,))
+        with pytest.raises(UsageError, match="no noise is enough"):
+            crowded.calibrate()
 
 
 # Mechanisms
@@ -553,6 +594,8 @@ def test_two_accountants_must_agree(monkeypatch):
     ledger.cross_check()
     right = second_opinion(ledger.events, 1e-5)
     for wrong in (right * 1.05, right - 0.1):
-        monkeypatch.setattr("dpsynth.privacy.ledger.second_opinion", lambda *_, w=wrong: w)
+        monkeypatch.setattr(
+            "dpsynth.privacy.accounting.second_opinion", lambda *_, w=wrong, **__: w
+        )
         with pytest.raises(UsageError, match="PLD says"):
             ledger.cross_check()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -17,23 +18,38 @@ from dpsynth.checks import (
     check_fraction,
     check_positive,
 )
-from dpsynth.schema import FORMAT, MAX_LEVELS, Column, Schema
+from dpsynth.schema import FORMAT, MAX_LEVELS, Column, Schema, as_level
 
 AGE = Column("age", "integer", lower=17, upper=90)
 SEX = Column("sex", "categorical", ("Female", "Male"))
 PAY = Column("pay", "decimal", lower=0, upper=9.5, step=0.5, nullable=True)
+NOISY = {"mechanism": "gaussian", "sigma": 2.0, "steps": 1, "when": "then"}
+FAILED = {"mechanism": "failure", "delta": 1e-7, "when": "then"}
+UNDER = {"unit": "record", "contributions": 1, "noise": "philox:seed"}
 SCHEMA = Schema((AGE, SEX, PAY), target="sex", expected_rows=100)
 
 names = st.text(min_size=1, max_size=8)
-categorical = st.builds(
-    Column,
-    name=names,
-    kind=st.just("categorical"),
-    levels=st.lists(st.text(max_size=6), min_size=2, max_size=6, unique=True).map(tuple),
-    nullable=st.booleans(),
-    ordered=st.booleans(),
-    provenance=st.sampled_from(["declared", "data"]),
-)
+
+
+@st.composite
+def categorical_columns(draw: st.DrawFn) -> Column:
+    levels = draw(st.lists(st.text(max_size=6), min_size=2, max_size=6, unique=True))
+    opened = draw(st.booleans())
+    return Column(
+        draw(names),
+        "categorical",
+        tuple(levels[: draw(st.integers(0, 6))] if opened else levels),
+        nullable=draw(st.booleans()),
+        ordered=draw(st.booleans()) and not opened,
+        provenance=draw(st.sampled_from(["declared", "data", "measured"])),
+        source=draw(st.text(max_size=6)),
+        other=draw(st.none() | st.sampled_from(levels)),
+        open=opened,
+        max_levels=draw(st.none() | st.integers(1, 99)) if opened else None,
+    )
+
+
+categorical = categorical_columns()
 
 
 @st.composite
@@ -45,7 +61,11 @@ def numeric(draw: st.DrawFn) -> Column:
     lower, upper = sorted(draw(st.lists(bound, min_size=2, max_size=2, unique=True)))
     step = draw(st.none() | st.floats(0.001, 10)) if kind == "decimal" else None
     nullable = draw(st.booleans())
-    return Column(draw(names), kind, lower=lower, upper=upper, step=step, nullable=nullable)
+    bounds = {"lower": lower, "upper": upper}
+    for bound in draw(st.lists(st.sampled_from(["lower", "upper"]), unique=True)):
+        bounds[bound] = None
+    opened = None in bounds.values()
+    return Column(draw(names), kind, **bounds, step=step, nullable=nullable, open=opened)
 
 
 @st.composite
@@ -53,7 +73,15 @@ def schemas(draw: st.DrawFn) -> Schema:
     unique = st.lists(categorical | numeric(), min_size=1, max_size=5, unique_by=lambda c: c.name)
     columns = tuple(draw(unique))
     target = draw(st.none() | st.sampled_from([c.name for c in columns]))
-    return Schema(columns, target, draw(st.none() | st.integers(1, 10**9)))
+    event = st.builds(lambda what: {"what": what, **NOISY, **UNDER}, names)
+    return Schema(
+        columns,
+        target,
+        draw(st.none() | st.integers(1, 10**9)),
+        draw(st.sampled_from(["declared", "data", "measured"])),
+        draw(st.text(max_size=6)),
+        tuple(draw(st.lists(event, max_size=2))),
+    )
 
 
 # Round trips
@@ -111,7 +139,7 @@ BAD_COLUMNS = {
     ),
     "unknown provenance": (
         {"kind": "decimal", "lower": 0, "upper": 1, "provenance": "guess"},
-        r"provenance of column 'c'=guess: unknown; choose one of data, declared",
+        r"provenance of column 'c'=guess: unknown; choose one of data, declared, measured",
     ),
     "categorical with lower": (
         {"kind": "categorical", "levels": ("a", "b"), "lower": 0},
@@ -167,6 +195,54 @@ BAD_COLUMNS = {
         {"kind": "integer", "lower": 0, "upper": 4, "step": 2},
         r"'c': step=2; integers step by 1",
     ),
+    "other that is none": (
+        {"kind": "categorical", "levels": ("a", "b"), "other": "c"},
+        r"'c': other='c' is none of its levels",
+    ),
+    "other of a number": (
+        {"kind": "integer", "lower": 0, "upper": 4, "other": "c"},
+        r"'c': integer, so it takes bounds, not levels",
+    ),
+    "other a number": (
+        {"kind": "categorical", "levels": ("a", "b"), "other": 1},
+        r"'c': source and other must be texts",
+    ),
+    "source a number": (
+        {"kind": "categorical", "levels": ("a", "b"), "source": 1},
+        r"'c': source and other must be texts",
+    ),
+    "open a text": (
+        {"kind": "categorical", "levels": ("a", "b"), "open": "yes"},
+        r"'c': open='yes' must be true or false",
+    ),
+    "open and ordered": (
+        {"kind": "categorical", "levels": ("a", "b"), "open": True, "ordered": True},
+        r"'c': open, so the order of its levels is unknown",
+    ),
+    "open with bounds": (
+        {"kind": "integer", "lower": 0, "upper": 4, "open": True},
+        r"'c': open, but both bounds are given; close it",
+    ),
+    "open with a fraction": (
+        {"kind": "integer", "lower": 0.5, "open": True},
+        r"'c': integer bounds 0\.5\.\.None must be whole",
+    ),
+    "open with infinity": (
+        {"kind": "decimal", "upper": math.inf, "open": True},
+        r"'c': bounds None\.\.inf must be finite",
+    ),
+    "max_levels of a closed column": (
+        {"kind": "categorical", "levels": ("a", "b"), "max_levels": 3},
+        r"'c': max_levels=3 is for open columns",
+    ),
+    "max_levels of a number": (
+        {"kind": "integer", "open": True, "max_levels": 3},
+        r"'c': integer, so it takes bounds, not levels",
+    ),
+    "no max_levels": (
+        {"kind": "categorical", "open": True, "max_levels": 0},
+        r"max_levels of column 'c'=0: must be a whole number",
+    ),
     "zero step": (
         {"kind": "decimal", "lower": 0, "upper": 4, "step": 0},
         r"step of column 'c'=0: must be a number above 0",
@@ -218,6 +294,58 @@ def test_facts_read_off_the_data_are_refused_by_policy():
         drafted.check_public()
 
 
+def test_a_measured_fact_is_public_only_beside_what_it_cost():
+    def paid(what: str, *events: dict) -> tuple[dict, ...]:
+        return tuple({"what": what, **event, **UNDER} for event in events)
+
+    age = Schema((replace(AGE, provenance="measured"), SEX))
+    sex = Schema((AGE, replace(SEX, provenance="measured")))
+    rows = Schema((AGE, SEX), expected_rows=9, rows_provenance="measured")
+    none = {"mechanism": "none", "steps": 1, "when": "then"}
+    cases = [
+        (age, "bounds:age", [NOISY], [[], [FAILED], [none], [NOISY, none]]),
+        (sex, "levels:sex", [NOISY, FAILED], [[], [FAILED], [NOISY], [none, FAILED]]),
+        (rows, "rows", [NOISY], [[], [FAILED], [none]]),
+    ]
+    for schema, what, enough, lacking in cases:
+        replace(schema, spent=paid(what, *enough)).check_public()
+        for events in lacking:
+            with pytest.raises(RefusedError, match=f"event {what!r} paid for"):
+                replace(schema, spent=paid(what, *events)).check_public()
+        with pytest.raises(RefusedError, match="measured"):
+            replace(schema, spent=paid(what + "x", *enough)).check_public()
+    assert age.measured and sex.measured and not rows.measured
+
+
+def test_every_fault_is_named_in_one_line():
+    schema = Schema(
+        (
+            replace(AGE, provenance="data"),
+            Column("pay", "decimal", open=True),
+            Column("job", "categorical", open=True),
+            replace(SEX, provenance="measured"),
+        ),
+        expected_rows=9,
+        rows_provenance="data",
+    )
+    found = schema.faults()
+    words = ["read off the data", "bounds are still open", "levels are still open", "'levels:sex'"]
+    for fault, word in zip(found, [*words, "expected_rows=9: was read off"], strict=True):
+        assert word in fault
+        assert "\n" not in fault
+    with pytest.raises(RefusedError) as caught:
+        schema.check_public()
+    assert str(caught.value) == found[0]
+    assert replace(schema.select(["job"]), expected_rows=None).faults() == found[2:3]
+    assert SCHEMA.faults() == []
+
+
+def test_a_schema_can_be_looked_up_whatever_was_spent():
+    spent = ({"what": "rows", **NOISY, **UNDER},)
+    assert hash(replace(SCHEMA, spent=spent)) == hash(SCHEMA)
+    assert replace(SCHEMA, spent=spent) != SCHEMA
+
+
 # Refusals of a schema file
 
 AGE_TEXT = '{"name": "age", "kind": "integer", "lower": 17, "upper": 90}'
@@ -253,6 +381,35 @@ BAD_TEXTS = {
     "nullable a text": (
         '{"columns": [{"name": "a", "kind": "integer", "lower": 1, "upper": 3, "nullable": "no"}]}',
         "'a'",
+    ),
+    "other a number": (
+        '{"columns": [{"name": "a", "kind": "categorical", "levels": ["x", "y"], "other": 1}]}',
+        "'a'",
+    ),
+    "unknown provenance of rows": (
+        f'{{"columns": [{AGE_TEXT}], "rows_provenance": "guess"}}',
+        "rows_provenance=guess: unknown",
+    ),
+    "source a number": (f'{{"columns": [{AGE_TEXT}], "source": 1}}', "schema source=1"),
+    "spent a number": (
+        f'{{"columns": [{AGE_TEXT}], "spent": 1}}',
+        "schema spent=1: must be a list",
+    ),
+    "spent a list of numbers": (f'{{"columns": [{AGE_TEXT}], "spent": [1]}}', "spent: 1 must be"),
+    "spent on nothing": (f'{{"columns": [{AGE_TEXT}], "spent": [{{}}]}}', "spent None: what=None"),
+    "spent by nobody": (
+        f'{{"columns": [{AGE_TEXT}], "spent": [{{"what": "rows", "mechanism": "none"}}]}}',
+        "spent 'rows': unit=None must be a text",
+    ),
+    "spent for no rows": (
+        f'{{"columns": [{AGE_TEXT}], "spent": [{{"what": "rows", "mechanism": "none", "unit": '
+        '"record", "noise": "x", "contributions": 0}]}',
+        "contributions=0: must be a whole number",
+    ),
+    "spent for many rows": (
+        f'{{"columns": [{AGE_TEXT}], "spent": [{{"what": "rows", "mechanism": "none", "unit": '
+        '"record", "noise": "x", "contributions": "many"}]}',
+        "contributions='many' must be a whole number",
     ),
     "rows a text": (f'{{"columns": [{AGE_TEXT}], "expected_rows": "many"}}', "expected_rows=many"),
 }
@@ -299,6 +456,18 @@ def test_infer_reads_kinds_bounds_and_gaps():
     )
     with pytest.raises(RefusedError):
         schema.check_public()
+    # How many rows there are is private; a draft does not tell.
+    assert json.loads(schema.to_json())["expected_rows"] is None
+    assert len(schema.faults()) == len(schema.columns)
+
+
+def test_a_value_is_named_by_itself():
+    """Were whole floats of a mixed column named otherwise, one text would rename all of them."""
+    for values in ([1.0, 2.5, None], [1, 2.5, None], [1.0, 2.5, "x"], [1.0, 2.5, True]):
+        names = as_level(pd.Series(values, dtype=object))
+        assert names.tolist()[:2] == ["1", "2.5"]
+    assert as_level(pd.Series([1.0, 2.5])).tolist() == ["1", "2.5"]
+    assert as_level(pd.Series(["1.0", "2.50"])).tolist() == ["1.0", "2.50"]
 
 
 BAD_FRAMES = {

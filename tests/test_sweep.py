@@ -121,7 +121,7 @@ def test_a_sweep_is_these_folders(finished: tuple[Path, pd.DataFrame, str]) -> N
     assert {path.name for path in (folder / "controls").iterdir()} == {
         f"{name}-seed0" for name in CONTROLS
     }
-    assert not (folder / "fleets").exists(), "keys and checkpoints are private and go"
+    assert [path.name for path in (folder / "private").iterdir()] == ["data"], "keys and checkpoints are private and go"
     for point in POINTS:
         assert {path.name for path in (folder / "runs" / point.name).iterdir()} == FILES
     for path in (folder / "controls").iterdir():
@@ -280,7 +280,7 @@ def test_a_judge_that_fails_fails_the_sweep(
     assert "vae" not in trained, "it had been trained"
     expected = finished[1][finished[1]["role"] != "control"]
     same(results, expected)
-    assert not (tmp_path / "sweep" / "fleets").exists()
+    assert not (tmp_path / "sweep" / "private" / "fleets").exists()
 
 
 def test_a_training_that_is_interrupted_goes_on(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 import os
 import shutil
@@ -30,6 +31,7 @@ from plotly.subplots import make_subplots
 
 from dpsynth.checks import UsageError
 from dpsynth.frontier.results import (
+    TOGETHER_HEAD,
     aggregate,
     check,
     falls,
@@ -37,9 +39,11 @@ from dpsynth.frontier.results import (
     metric_names,
     non_dominated,
     summary,
+    together_rows,
     violations,
     write,
 )
+from dpsynth.privacy.together import Together
 
 __all__ = ["figure", "interactive", "utility_metric", "write_frontier"]
 
@@ -613,11 +617,14 @@ def _legend_handles(
 # --- the same to hover over -----------------------------------------------------------------------
 
 
-def interactive(results: pd.DataFrame, *, x: str = "tvd2", title: str = "") -> str:
+def interactive(
+    results: pd.DataFrame, *, x: str = "tvd2", title: str = "", together: Together | None = None
+) -> str:
     """The same three panels as one self-contained page: hover a point for its runs.
 
-    Single runs are drawn faintly under their means. Two tables follow the plots: where more budget
-    did worse, and which runs an attack beat their own ceiling on.
+    Single runs are drawn faintly under their means. Tables follow the plots: where more budget did
+    worse, which runs an attack beat their own ceiling on, and, given `together`, what publishing
+    all runs or choosing among them costs.
     """
     points, styles = _prepare(results, x)
     drawn = make_subplots(
@@ -646,7 +653,8 @@ def interactive(results: pd.DataFrame, *, x: str = "tvd2", title: str = "") -> s
         "border-bottom:1px solid #ddd;text-align:left}</style></head><body>"
         f"<h1>{heading}</h1><p>{html.escape(_subtitle(results))}. Small dots are single runs. "
         f"Double-click a panel to see points above the opening view.</p>{body}"
-        f"{_falls_table(results, x, metric)}{_violations_table(results)}</body></html>\n"
+        f"{_falls_table(results, x, metric)}{_violations_table(results)}"
+        f"{'' if together is None else _together_table(together)}</body></html>\n"
     )
 
 
@@ -805,13 +813,32 @@ def _violations_table(results: pd.DataFrame) -> str:
     return f"<h2>Ceilings broken</h2><ul>{items}</ul>"
 
 
+def _together_table(together: Together) -> str:
+    """What publishing all runs, or choosing one of them, costs."""
+
+    def row(tag: str, cells: Iterable[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(row("td", cells) for cells in together_rows(together))
+    return (
+        f"<h2>Publishing and choosing</h2><p>{html.escape(together.line)}.</p>"
+        f"<table>{row('th', TOGETHER_HEAD)}{body}</table>"
+    )
+
+
 # --- the folder -----------------------------------------------------------------------------------
 
 
 def write_frontier(
-    results: pd.DataFrame, folder: str | Path, *, title: str, x: str = "tvd2"
+    results: pd.DataFrame,
+    folder: str | Path,
+    *,
+    title: str,
+    x: str = "tvd2",
+    together: Together | None = None,
 ) -> Path:
-    """Write `frontier.{pdf,svg,png,html,parquet,csv}` and `README.md` into `folder`.
+    """Write `frontier.{pdf,svg,png,html,parquet,csv}` and `README.md` into `folder`; given what the
+    runs cost `together`, also `privacy.json` and `privacy.csv`.
 
     All files are made in a sibling folder first and then moved in one by one, so a failure leaves
     what was there, and other files in `folder` stay. Equal results give equal bytes.
@@ -825,11 +852,17 @@ def write_frontier(
             drawn.savefig(partial / "frontier.pdf", metadata={"CreationDate": None})
             drawn.savefig(partial / "frontier.svg", metadata={"Date": None})
             drawn.savefig(partial / "frontier.png", dpi=300)
-        page = interactive(results, x=x, title=title)
+        page = interactive(results, x=x, title=title, together=together)
         (partial / "frontier.html").write_text(page, encoding="utf-8")
         write(results, partial / "frontier.parquet")
         write(results, partial / "frontier.csv")
-        (partial / "README.md").write_text(summary(results, title=title), encoding="utf-8")
+        card = summary(results, title=title, together=together)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        if together is not None:
+            text = json.dumps(together.to_dict(), indent=1, ensure_ascii=False) + "\n"
+            (partial / "privacy.json").write_text(text, encoding="utf-8")
+            rows = pd.DataFrame(together_rows(together), columns=list(TOGETHER_HEAD))
+            rows.to_csv(partial / "privacy.csv", index=False)
         folder.mkdir(exist_ok=True)
         for file in sorted(partial.iterdir()):
             os.replace(file, folder / file.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
+import yaml
 from scipy import stats
 
+from dpsynth.artifacts import read_folder
 from dpsynth.checks import UsageError, check_choice, check_positive
 from dpsynth.data import read_frame, write_frame
+from dpsynth.privacy.ledger import Ledger
+from dpsynth.privacy.together import Group, Release, Together
 
 if TYPE_CHECKING:
     from dpsynth.audit.membership import Audit
@@ -23,6 +28,7 @@ __all__ = [
     "AUDIT",
     "IDENTITY",
     "ROLES",
+    "TOGETHER_HEAD",
     "Fall",
     "aggregate",
     "check",
@@ -34,8 +40,10 @@ __all__ = [
     "metric_names",
     "non_dominated",
     "read",
+    "releases",
     "row",
     "summary",
+    "together_rows",
     "violations",
     "write",
 ]
@@ -271,8 +279,42 @@ def violations(results: pd.DataFrame) -> pd.DataFrame:
     return results[results["attack_auc_low"] > results["ceiling_auc"]]
 
 
-def summary(results: pd.DataFrame, *, title: str) -> str:
-    """Markdown card of a sweep: every metric with its interval, ceilings, and what looks odd."""
+def releases(folders: Iterable[Path]) -> list[Release]:
+    """What each run folder would publish, for composing them (`dpsynth.privacy.together`).
+
+    Raises:
+        UsageError: On a folder that is damaged or no run.
+    """
+    found = []
+    for folder in folders:
+        files, _ = read_folder(folder)
+        if "ledger.json" not in files or "config.yaml" not in files:
+            raise UsageError(f"run {str(folder)!r}: has no ledger; give run folders")
+        ledger = Ledger.from_json(files["ledger.json"].decode())
+        plan = yaml.safe_load(files["config.yaml"])["plan"]
+        found.append(
+            Release(
+                name=folder.name,
+                target=plan["epsilon"],
+                delta=ledger.delta,
+                events=ledger.events,
+                spent=len(plan.get("spent") or ()),
+                unit=ledger.unit,
+                contributions=ledger.contributions,
+                content=json.dumps(dict(ledger.seal), sort_keys=True),
+            )
+        )
+    return found
+
+
+def summary(results: pd.DataFrame, *, title: str, together: Together | None = None) -> str:
+    """Markdown card of a sweep: every metric with its interval, ceilings, and what looks odd.
+
+    Args:
+        results: See `collect`.
+        title: Heading.
+        together: What all of these runs cost together, if it is to be said.
+    """
     metrics = metric_names(check(results))
     points = aggregate(results)
     band = f"{points['null_low'].min():.3f} to {points['null_high'].max():.3f}"
@@ -282,6 +324,8 @@ def summary(results: pd.DataFrame, *, title: str) -> str:
     lines += ["", "## Metrics", "", *_metrics_table(results, metrics)]
     lines += ["", "## Where more budget did worse", "", *_falls_lines(results, metrics)]
     lines += ["", "## Ceilings broken", "", *_violation_lines(results)]
+    if together is not None:
+        lines += ["", "## Publishing and choosing", "", *_together_lines(together)]
     return "\n".join(lines) + "\n"
 
 
@@ -294,6 +338,46 @@ measured on the other. A ceiling is the most that any attack could reach if the 
 Metrics and audits were computed on private rows and carry no guarantee of their own. Choosing a
 run by them spends budget that ε does not count. Points on the frontier are told apart by means:
 where intervals overlap, other seeds may order them differently."""
+
+
+TOGETHER_HEAD = (
+    "target ε",
+    "runs",
+    "one alone",
+    "all together",
+    "all and a choice",
+    "the best alone",
+)
+
+
+def together_rows(together: Together) -> list[tuple[str, ...]]:
+    """What publishing and choosing cost: under `TOGETHER_HEAD`, a row a target ε and one for all."""
+    rows = [(f"{group.target:g}", group) for group in together.groups]
+    alone, whole = together.alone, together.epsilon
+    everything = Group(math.inf, together.runs, alone, whole, together.chosen, together.selected)
+    return [
+        (name, str(g.runs), *(f"{v:.4g}" for v in (g.alone, g.together, g.chosen, g.selected)))
+        for name, g in [*rows, ("all", everything)]
+    ]
+
+
+def _together_lines(together: Together) -> list[str]:
+    lines = [
+        f"ε at δ={together.delta:g} of runs on the same members. *All together*: every run of the "
+        "line is published. *All and a choice*: each is also scored with noise. *The best alone*: "
+        "a random number of trials, as many expected, of which only the best is ever seen "
+        "(repeat and select).",
+        "",
+        "| " + " | ".join(TOGETHER_HEAD) + " |",
+        "|" + "---|" * len(TOGETHER_HEAD),
+        *("| " + " | ".join(row) + " |" for row in together_rows(together)),
+        "",
+        f"All together: μ = {together.mu:.4g}, largest membership advantage "
+        f"{together.advantage:.4f}, second accountant ε = {together.second:.4g}.",
+    ]
+    if together.unprotected:
+        lines += ["", f"{together.unprotected} runs at ε=∞ beside them are protected by nothing."]
+    return lines
 
 
 def markdown_text(text: object) -> str:

@@ -32,6 +32,7 @@ from dpsynth.checks import UsageError, check_count
 from dpsynth.data import Split, Table
 from dpsynth.evaluation import Report, evaluate, floors
 from dpsynth.frontier import results
+from dpsynth.privacy.ledger import Ledger
 from dpsynth.randomness import FleetRng, derive, stream
 from dpsynth.release.card import card
 from dpsynth.release.page import overlays, page
@@ -39,10 +40,21 @@ from dpsynth.training.callbacks import default_callbacks
 from dpsynth.training.fleet import FAMILIES, Recipe, Seat, check_seat, train_fleet
 from dpsynth.training.run import Run
 
-__all__ = ["Judging", "LoggerOf", "Point", "data_name", "gather", "run_facts", "run_sweep"]
+__all__ = [
+    "Judging",
+    "LoggerOf",
+    "Point",
+    "data_name",
+    "finished_runs",
+    "gather",
+    "run_facts",
+    "run_sweep",
+    "unit_name",
+]
 
 CONTROLS = ("fresh", "p-leak .2", "copy")
 LEAK = 0.2
+FAULT = "fault.txt"
 # Where δ(ε) is read off for a trade-off curve: dense where curves bend.
 PROFILE = tuple(np.concatenate([np.linspace(0, 8, 161), np.linspace(8.25, 40, 128)]).tolist())
 
@@ -61,6 +73,8 @@ class Judging:
         reference_model: Whether each fleet trains one more run on the attacker's rows, whose loss
             is subtracted from the white-box scores.
         seed: Of every random choice in judging, the same for all runs so that they are paired.
+        apart: Whether figures go to `private/` instead of beside the run, so that everything under
+            `runs/` is covered by its ε and may be published.
     """
 
     max_rows: int | None = None
@@ -68,6 +82,7 @@ class Judging:
     draws: int = 8
     reference_model: bool = True
     seed: int = 0
+    apart: bool = False
 
     def __post_init__(self) -> None:
         if self.max_rows is not None:
@@ -116,6 +131,8 @@ class _Bench:
         judging: Settings.
         floors: What real rows reach by every metric.
         data: Name of the table.
+        fault: Why nothing can be judged, where figures are kept apart: whether it can be is private
+            too, so it must not stop a release.
     """
 
     split: Split
@@ -126,6 +143,7 @@ class _Bench:
     judging: Judging
     floors: dict[str, float]
     data: str
+    fault: str = ""
 
 
 def run_sweep(
@@ -149,7 +167,8 @@ def run_sweep(
         points: The grid.
         split: Members, holdout and reference rows; half of the reference is the attacker's, the
             other half makes the fresh and p-leak controls.
-        folder: Holds `runs/`, `controls/` and, while it lasts, `fleets/` (private state).
+        folder: Holds `runs/`, `controls/`, and `private/`: what must not be published, that is a
+            mark of the rows, the state of fleets while they train, and figures kept apart.
         data: Name of the table, for cards and lineage.
         judging: How runs are judged.
         console: Where progress is shown.
@@ -158,20 +177,23 @@ def run_sweep(
         with_controls: Whether to judge the known-answer controls too.
 
     Returns:
-        The results, one row a run.
+        The results, one row a run; none where figures are kept apart and there are none.
     """
     names = [point.name for point in points]
     if len(set(names)) < len(names):
         raise UsageError("the grid holds the same point twice; list each value once")
     for point in points:
         check_seat(point.recipe, Seat(split.members, point.epsilon, point.seed))
-    for name, part in (("members", split.members), ("holdout", split.holdout)):
-        if len(part) < LEAST:
-            raise UsageError(f"{name} part has {len(part)} rows; the audit needs at least {LEAST}")
     _check_same_data(folder, split)
-    bench = _bench(split, data, judging, console)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ".data").write_text(_digest(split))
+    console.print("measuring floors: members against holdout, and trained on real rows")
+    try:
+        bench = _bench(split, data, judging)
+    except UsageError as error:
+        if not judging.apart:
+            raise
+        bench = _faulty(split, data, judging, str(error))
+    (folder / "private").mkdir(parents=True, exist_ok=True)
+    (folder / "private" / "data").write_text(_digest(split))
     cores = os.cpu_count() or 1
     before = torch.get_num_threads()
     with (
@@ -180,7 +202,8 @@ def run_sweep(
     ):
         torch.set_num_threads(max(1, cores // 2))
         try:
-            jobs = _submit_controls(bench, folder, points, submit) if with_controls else []
+            wanted = with_controls and not bench.fault
+            jobs = _submit_controls(bench, folder, points, submit) if wanted else []
             for recipe, fleet in _fleets(points):
                 jobs += _train(recipe, fleet, bench, folder, submit, console, logger)
             console.print(f"waiting for {sum(not job.done() for job in jobs)} judgements")
@@ -188,14 +211,30 @@ def run_sweep(
                 job.result()  # an error in a judge is an error of the sweep
         finally:
             torch.set_num_threads(before)
-    shutil.rmtree(folder / "fleets", ignore_errors=True)
-    return gather(folder)
+    shutil.rmtree(folder / "private" / "fleets", ignore_errors=True)
+    try:
+        return gather(folder)
+    except UsageError:
+        if not judging.apart:
+            raise
+        return pd.DataFrame()  # whether there are figures is for the custodian to see
 
 
 def data_name(folder: Path) -> str:
     """Name of the table that a sweep's runs were trained on."""
-    names = {read_folder(path)[1]["data"] for path in _finished(folder, "runs")}
+    names = {read_folder(path)[1]["data"] for path in finished_runs(folder)}
     return ", ".join(sorted(names))
+
+
+def unit_name(folder: Path) -> str:
+    """What the runs of a sweep protect."""
+    ledgers = [read_folder(path)[0]["ledger.json"] for path in finished_runs(folder)]
+    return ", ".join(sorted({Ledger.from_json(text.decode()).unit for text in ledgers}))
+
+
+def finished_runs(folder: Path) -> list[Path]:
+    """Run folders of a sweep that are whole."""
+    return _finished(folder, "runs")
 
 
 def gather(folder: Path) -> pd.DataFrame:
@@ -207,13 +246,21 @@ def gather(folder: Path) -> pd.DataFrame:
     """
     rows: list[dict[str, Any]] = []
     recipes: dict[str, tuple[Path, Any]] = {}
+    faults: list[str] = []
     for path in _finished(folder, "runs") + _finished(folder, "controls"):
         files, lineage = read_folder(path)
         if "config.yaml" in files:  # a control has no recipe
             _check_recipe(path, files, lineage["result"]["family"], recipes)
+        if "metrics.json" not in files:
+            files = read_folder(folder / "private" / path.name)[0]
+        if FAULT in files:
+            faults.append(files[FAULT].decode().strip())
+            continue
         report = Report.from_json(files["metrics.json"].decode())
         attacked = Audit.from_json(files["audit.json"].decode())
         rows.append(results.row(report, attacked, lineage["result"]))
+    if faults and not rows:
+        raise UsageError(f"sweep {str(folder)!r}: no run could be judged: {faults[0]}")
     if not rows:
         raise UsageError(f"sweep {str(folder)!r}: holds no finished run; run `dpsynth sweep` first")
     return results.collect(rows)
@@ -269,7 +316,7 @@ def _train(
         console.print(f"{recipe.model}: all {len(fleet)} runs are there")
         return []
     digest = hashlib.sha256("/".join(p.name for p in fleet).encode()).hexdigest()[:8]
-    state = folder / "fleets" / f"{recipe.model}-{digest}"
+    state = folder / "private" / "fleets" / f"{recipe.model}-{digest}"
     trained = [state / point.name for point in fleet]
     reference = state / "reference" if bench.judging.reference_model else None
     wanted = trained if reference is None else [*trained, reference]
@@ -278,7 +325,9 @@ def _train(
         if reference is not None:
             rows = bench.attacker
             unknown = replace(rows.schema, expected_rows=None)  # the attacker counts its own rows
-            seats.append(Seat(Table(unknown, rows.frame), math.inf, fleet[0].seed, "reference"))
+            seats.append(
+                Seat(Table(unknown, rows.frame, rows.units), math.inf, fleet[0].seed, "reference")
+            )
         runs = train_fleet(
             recipe,
             seats,
@@ -297,8 +346,16 @@ def _train(
 # -- judging -------------------------------------------------------------------------------------
 
 
-def _bench(split: Split, data: str, judging: Judging, console: Console) -> _Bench:
-    console.print("measuring floors: members against holdout, and trained on real rows")
+def _faulty(split: Split, data: str, judging: Judging, fault: str) -> _Bench:
+    """A bench that says only why there is none."""
+    rows = split.reference
+    return _Bench(split, rows, rows, rows, rows, judging, {}, data, fault)
+
+
+def _bench(split: Split, data: str, judging: Judging) -> _Bench:
+    for name, part in (("members", split.members), ("holdout", split.holdout)):
+        if len(part) < LEAST:
+            raise UsageError(f"{name} part has {len(part)} rows; the audit needs at least {LEAST}")
     attacker, population = controls.halve(split.reference, stream(judging.seed, "halve"))
     floor = floors(
         split.members,
@@ -348,31 +405,57 @@ def _judges(bench: _Bench, workers: int, console: Console) -> Iterator[Submit]:
 
 
 def _judge_run(source: Path, reference: Path | None, target: Path, variant: str) -> str:
-    """Sample, evaluate and attack one trained run; write its folder."""
+    """Sample one trained run, judge it and write its folder."""
     bench = _worker["bench"]
     run = Run.load(source)
     key = None if run.seed is None else derive(run.seed, "samples")
     synthetic = run.sample_table(run.plan.rows, rng=key)
-    scores = _white_box(run, None if reference is None else Run.load(reference), bench)
-    ceiling = _ceiling(run)
-    report, attacked = _judge(synthetic, bench, scores, ceiling)
     facts = run_facts(run, name=target.name, data=bench.data)
     parquet = BytesIO()
     synthetic.frame.to_parquet(parquet, index=False)
-    shown = overlays(bench.split.members, synthetic)
-    judged = {**facts, "metrics": report.metrics, "floors": report.floors, "audit": attacked}
-    extra = {
-        "metrics.json": report.to_json().encode(),
-        "audit.json": attacked.to_json().encode(),
-        "samples.parquet": parquet.getvalue(),
-        "README.md": card(judged).encode(),
-        "report.html": page(facts, report, attacked, shown).encode(),
-    }
     role = "model" if FAMILIES[run.recipe.model].trained else "baseline"
     family = f"{run.recipe.model} {variant}".strip()
     identity = _identity(family, role, run.plan.epsilon, run.plan.delta, run.seed, target)
+    extra = {"samples.parquet": parquet.getvalue(), "README.md": card(facts).encode()}
+    said = f"{target.name}: judged"
+    if bench.judging.apart:  # first, since a run that is there passes for judged
+        kept = target.parent.parent / "private" / target.name
+        write_folder(kept, _figures_apart(run, reference, synthetic, facts), {"result": identity})
+    else:
+        figures, said = _figures(run, reference, synthetic, facts)
+        extra |= figures
     replace(run, lineage={**run.lineage, "result": identity}).save(target, extra)
-    return _line(target.name, report, attacked)
+    return said
+
+
+def _figures_apart(
+    run: Run, reference: Path | None, synthetic: Table, facts: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """The figures, or why there are none; either way the release goes on."""
+    try:
+        if _worker["bench"].fault:
+            raise UsageError(_worker["bench"].fault)
+        return _figures(run, reference, synthetic, facts)[0]
+    except UsageError as error:
+        return {FAULT: f"{error}\n".encode()}
+
+
+def _figures(
+    run: Run, reference: Path | None, synthetic: Table, facts: Mapping[str, Any]
+) -> tuple[dict[str, bytes], str]:
+    """Evaluation and audit of one run as files, and one line of them."""
+    bench = _worker["bench"]
+    scores = _white_box(run, None if reference is None else Run.load(reference), bench)
+    report, attacked = _judge(synthetic, bench, scores, _ceiling(run))
+    shown = overlays(bench.split.members, synthetic)
+    judged = {**facts, "metrics": report.metrics, "floors": report.floors, "audit": attacked}
+    files = {
+        "metrics.json": report.to_json().encode(),
+        "audit.json": attacked.to_json().encode(),
+        "README.md": card(judged).encode(),
+        "report.html": page(facts, report, attacked, shown).encode(),
+    }
+    return files, _line(facts["name"], report, attacked)
 
 
 def _judge_control(name: str, seed: int, target: Path) -> str:
@@ -530,7 +613,7 @@ def _line(name: str, report: Report, attacked: Audit) -> str:
 
 def _check_same_data(folder: Path, split: Split) -> None:
     """Refuse to go on in a folder that was begun with other rows."""
-    mark = folder / ".data"
+    mark = folder / "private" / "data"
     if mark.is_file() and mark.read_text() != _digest(split):
         raise UsageError(f"sweep {str(folder)!r}: was begun with other rows; choose another folder")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from dpsynth.checks import UsageError, check_count, check_fraction, check_positive
+from dpsynth.checks import RefusedError, UsageError, check_count, check_fraction, check_positive
 from dpsynth.codec import Layout
 from dpsynth.marginals import Marginals
 from dpsynth.privacy.batches import PoissonBatches
@@ -145,12 +145,30 @@ class Generator(lightning.LightningModule, ABC):
         rng: FleetRng,
         *,
         engine: str = "taps",
+        ahead: Callable[[int, int], None] = lambda first, last: None,
     ) -> None:
-        """Give the fleet its private rows (runs, rows, D), its plans and its randomness."""
+        """Give the fleet its private rows, its plans and its randomness.
+
+        Args:
+            codes: Encoded rows (runs, rows, D).
+            batches: The sampler; nothing but Poisson sampling fits the accountant.
+            plans: One a run, all with the same number of steps.
+            rng: Keys of the runs.
+            engine: How clipped sums are computed.
+            ahead: Called with a range of steps before the first of them is taken.
+
+        Raises:
+            RefusedError: On a sampler that is not `PoissonBatches`.
+        """
+        if not isinstance(batches, PoissonBatches):
+            raise RefusedError(
+                f"sampler {type(batches).__name__}: the accountant covers Poisson sampling alone; "
+                "use PoissonBatches"
+            )
         if len({plan.steps for plan in plans}) != 1:
             raise UsageError("steps differ between the runs of a fleet; train them apart")
         self._codes, self._batches, self._plans, self._rng = codes, batches, list(plans), rng
-        self._mode = engine
+        self._mode, self._ahead = engine, ahead
         self.total = plans[0].steps
         self._average = AveragedModel(self.averaged(), multi_avg_fn=self._blend)
 
@@ -186,8 +204,13 @@ class Generator(lightning.LightningModule, ABC):
 
         Lightning fetches one batch ahead, so what is left is counted here, where it is spent.
         """
-        for _ in range(min(int(batch), self.total - int(self.completed))):
-            self._private_step(int(self.completed))
+        first = int(self.completed)
+        last = min(first + int(batch), self.total)
+        if first == last:
+            return
+        self._ahead(first, last)
+        for step in range(first, last):
+            self._private_step(step)
 
     def _private_step(self, step: int) -> None:
         fraction = (self.total - step) / (0.3 * self.total)
@@ -215,7 +238,16 @@ class Generator(lightning.LightningModule, ABC):
         """Sample from the averaged weights from now on, and let go of rows and optimizers."""
         if self.total:
             self.averaged().load_state_dict(self._average.module.state_dict())
-        for name in ("_average", "_codes", "_batches", "_plans", "_rng", "_engine", "_optimizers"):
+        for name in (
+            "_average",
+            "_codes",
+            "_batches",
+            "_plans",
+            "_rng",
+            "_engine",
+            "_optimizers",
+            "_ahead",
+        ):
             if hasattr(self, name):
                 delattr(self, name)
         self.eval().requires_grad_(False)

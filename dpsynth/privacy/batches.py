@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import final
 
 import torch
 from torch import Tensor
@@ -14,8 +15,11 @@ from dpsynth.randomness import FleetRng
 __all__ = ["PoissonBatches"]
 
 
+@final
 class PoissonBatches:
     """Exact Bernoulli(q) inclusion for R runs by geometric gaps, in static shapes.
+
+    What a plan of Poisson sampling is accounted for; it must not be made into another sampler.
 
     The gap to the next included record is geometric: ⌊ln u / ln(1−q)⌋ + 1. A draw longer than the
     buffer goes on in a further piece; none is cut short.
@@ -33,6 +37,7 @@ class PoissonBatches:
         for probability in q:
             if not 0 < probability <= 1:
                 raise UsageError(f"q={probability}: must be in (0, 1]")
+        self.q = tuple(q)
         self.rows = torch.tensor(list(rows), dtype=torch.float64)
         self.log_miss = torch.tensor([_log_miss(p) for p in q], dtype=torch.float64)
         batch = max(n * p for n, p in zip(rows, q, strict=True))

@@ -8,6 +8,13 @@ Three ways to the same clipped sum, all over parameters with a leading `runs` ax
 * `opacus_ghost`: Opacus computes norms layer by layer, then a second, re-weighted backward.
 
 Opacus has one σ, one C and one batch axis; `FleetOptimizer` gives each run its own.
+
+In floating point, one record alone: what `taps` and `opacus_hooks` add is no longer than C for any
+magnitudes, because each squared norm carries a bound on its own rounding (`squared_norms`).
+`opacus_ghost` computes the gradient a second time, so there it holds up to the rounding of that
+backward pass. Then sum and noise are rounded to one grid and added exactly (`FleetOptimizer`).
+Not protected: the rounding inside the sum over a batch, which depends on all of its records (in
+float32 with 1024 records all alike, .1 % of C; in float64 nothing to speak of).
 """
 
 from __future__ import annotations
@@ -15,6 +22,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -40,11 +48,7 @@ class Clipper(ABC):
         self.network = network
         self.bound = bound
         for name, module in network.named_modules():
-            if list(module.parameters(recurse=False)) and not isinstance(module, FleetLinear):
-                raise UsageError(
-                    f"layer {name!r} ({type(module).__name__}): no per-record norm is known for "
-                    "it; use FleetLinear"
-                )
+            _check_layer(f"layer {name!r} ({type(module).__name__})", module)
 
     @abstractmethod
     def accumulate(self, losses: LossOf, counts: _Records) -> _Records:
@@ -56,19 +60,22 @@ class Clipper(ABC):
             The losses, detached.
         """
 
-    def factors(self, squared: _Records, counts: _Records) -> _Records:
-        """Clip factor of each record from its squared norm (runs, batch).
+    def factors(self, loss: Tensor, squared: _Records, counts: _Records) -> _Records:
+        """Clip factor of each record from its loss and squared norm (runs, batch).
 
-        A norm that is not finite gives 0: the record contributes nothing (fails closed).
+        A loss or a squared norm that is not finite gives 0: the record contributes nothing (fails
+        closed), also where the norm itself would be finite but its square overflows. Which records
+        these are, and how many, is private: no log, counter or message holds anything of it.
         """
+        counts = torch.where(loss.detach().isfinite(), counts, 0.0)
         norms = squared.clamp_min(0).sqrt()
         factor = (self.bound[:, None] / (norms + 1e-6)).clamp(max=1.0)
         return torch.where(norms.isfinite(), factor, 0.0) * counts
 
-    def reduce(self, pairs: Sequence[_Pair], squared: _Records, counts: _Records) -> None:
-        """Add Σ_i factor_i · a_i b_iᵀ to every layer, from what `_Taps` saw."""
-        factor = self.factors(squared, counts)[..., None, None]
-        broken = not bool(squared.isfinite().all())
+    def reduce(self, pairs: Sequence[_Pair], factor: _Records, *, broken: bool) -> None:
+        """Add Σ_i factor_i · a_i b_iᵀ to every layer, from what `_Taps` saw; with `broken` some of
+        it may not be finite."""
+        factor = factor[..., None, None]
         for layer, a, b in pairs:
             weighted = b * factor
             if broken:  # 0 · inf is NaN, so such records are taken out rather than weighted
@@ -77,6 +84,43 @@ class Clipper(ABC):
             flat = weighted.flatten(1, 2)
             _add(layer.weight, a.flatten(1, 2).mT @ flat)
             _add(layer.bias, flat.sum(1))
+
+
+# Normalisers without weights whose groups may span the batch axis: FleetLinear's comes second.
+_MIXING = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    nn.CrossMapLRN2d,
+)
+
+
+def _check_layer(what: str, module: nn.Module) -> None:
+    """Refuse a layer of unknown norm, and one through which a record reaches another's gradient."""
+    if list(module.parameters(recurse=False)) and not isinstance(module, FleetLinear):
+        raise UsageError(f"{what}: no per-record norm is known for it; use FleetLinear")
+    running = any(n.startswith("running_") for n, _ in module.named_buffers(recurse=False))
+    wide = isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) > 1
+    if running or wide or isinstance(module, _MIXING):
+        raise UsageError(
+            f"{what}: mixes records, so the share of one has no bound; normalise the features of "
+            "each record by themselves"
+        )
+
+
+def _check_precision(like: Tensor) -> None:
+    """Refuse arithmetic in which the norms are not those of what is summed."""
+    backend: Any = torch.backends.cuda if like.is_cuda else torch.backends.mkldnn
+    every: Any = torch.backends
+    chosen = backend.matmul.fp32_precision
+    chosen = every.fp32_precision if chosen == "none" else chosen
+    if like.dtype not in (torch.float32, torch.float64):
+        raise UsageError(f"weights in {like.dtype}: clipping needs float32 or float64")
+    if like.dtype == torch.float32 and chosen not in ("none", "ieee"):
+        raise UsageError(
+            f"matrix products in {chosen}: a clipped record could exceed its bound; call "
+            "torch.set_float32_matmul_precision('highest')"
+        )
 
 
 def _add(parameter: nn.Parameter, gradient: Tensor) -> None:
@@ -92,17 +136,32 @@ def _draws(x: Tensor) -> Tensor:
 def squared_norms(
     a: Float[Tensor, "runs batch draws inputs"], b: Float[Tensor, "runs batch draws outputs"]
 ) -> Float[Tensor, "runs batch"]:
-    """Squared norm of each record's weight and bias gradient, never formed.
+    """Squared norm of each record's weight and bias gradient, never formed, and never too small.
 
     With K draws inside one record, ‖Σ_k a_k b_kᵀ‖² + ‖Σ_k b_k‖² = Σ_kl (⟨a_k,a_l⟩+1)⟨b_k,b_l⟩.
+    Where draws cancel, that sum loses all its digits, and so does the gradient that the matrix
+    product forms. Both errors are bounded by multiples of S = Σ_k √(‖a_k‖²+1) ‖b_k‖: with unit
+    roundoff u, the first by γ(in+out+2K) S² in the square, the second by γ(K) S in the norm (Higham
+    2002, §3.1 and §3.5, in any order of summation). What is returned has 2u (in+out+5K+32) S²
+    added, enough for both and for the few operations that follow: factor · ‖computed gradient‖ ≤ C.
+    In float32 that lengthens a norm by about 1e-4 of S²/norm.
 
     Args:
         a: Layer inputs (runs, batch, draws, in).
         b: Gradients at the layer's output (runs, batch, draws, out).
     """
-    if a.shape[2] == 1:
-        return (a.square().sum(-1) + 1).mul(b.square().sum(-1)).squeeze(-1)
-    return ((a @ a.mT + 1) * (b @ b.mT)).sum((-1, -2))
+    kind = torch.finfo(a.dtype)
+    (draws, inputs), outputs = a.shape[2:], b.shape[-1]
+    slack = kind.eps * (inputs + outputs + 5 * draws + 32)
+    # What squares below the smallest normal number may have lost; ‖a‖² matters beside 1 only.
+    lost = outputs * kind.tiny
+    if draws == 1:
+        squared = (a.square().sum(-1) + 1).mul(b.square().sum(-1) + lost).squeeze(-1)
+        return squared * (1 + slack)
+    left, right = a @ a.mT + 1, b @ b.mT
+    lengths = left.diagonal(dim1=-2, dim2=-1) * (right.diagonal(dim1=-2, dim2=-1) + lost)
+    most = lengths.sqrt().sum(-1).square()
+    return (left * right).sum(-1).sum(-1).clamp_min(0) + slack * most
 
 
 class _Taps:
@@ -147,7 +206,10 @@ class TapClipper(Clipper):
             loss = losses()
         pairs = taps.pairs(loss)
         squared = torch.stack([squared_norms(a, b) for _, a, b in pairs]).sum(0)
-        self.reduce(pairs, squared, counts)
+        # To look costs less than to take records out unasked, but on a GPU it would wait for the
+        # device at every step.
+        broken = squared.is_cuda or not bool(squared.isfinite().all())
+        self.reduce(pairs, self.factors(loss, squared, counts), broken=broken)
         return loss.detach()
 
 
@@ -167,8 +229,8 @@ class HooksClipper(Clipper):
         self._hooked.disable_hooks()
         parameters = list(self.network.parameters())
         samples = [p.grad_sample for p in parameters]  # type: ignore[attr-defined]
-        flat = [g.flatten(2).square().sum(-1) for g in samples]
-        factor = self.factors(torch.stack(flat).sum(0).mT, counts)
+        squared = torch.stack([_squared_lengths(g) for g in samples]).sum(0)
+        factor = self.factors(loss, squared.mT, counts)
         for parameter, sample in zip(parameters, samples, strict=True):
             sample = torch.where(_expand(factor.mT > 0, sample), sample, 0.0)
             _add(parameter, torch.einsum("rb,br...->r...", factor, sample))
@@ -195,10 +257,10 @@ class GhostClipper(Clipper):
         self._hooked.disable_hooks()
         self.network.zero_grad()
         squared = self._hooked.get_norm_sample().square().mT
+        factor = self.factors(loss, squared, counts)
         if not bool(squared.isfinite().all()):  # a second backward would spread 0 · inf = NaN
-            self.reduce(taps.pairs(loss), squared, counts)
+            self.reduce(taps.pairs(loss), factor, broken=True)
             return loss.detach()
-        factor = self.factors(squared, counts)
         kept = torch.where(factor > 0, loss * factor, 0.0)
         kept.sum().backward()
         for parameter in self.network.parameters():
@@ -207,6 +269,13 @@ class GhostClipper(Clipper):
             )
             parameter.grad = None
         return loss.detach()
+
+
+def _squared_lengths(samples: Tensor) -> Tensor:
+    """(batch, runs, ...) -> squared norms (batch, runs), not smaller than they are: torch sums in
+    a tree, whose error is a few roundings for each of its levels."""
+    squared = samples.flatten(2).square().sum(-1)
+    return squared * (1 + 256 * torch.finfo(samples.dtype).eps)
 
 
 def _expand(mask: Tensor, like: Tensor) -> Tensor:
@@ -252,15 +321,27 @@ class FleetOptimizer(DPOptimizer):
     """Opacus' DP optimizer with a noise multiplier, a bound and a batch size for each run.
 
     The clipped sums are already in `p.summed_grad`; noise is drawn once a step from keyed streams.
+
+    Sum and noise are each rounded to a grid that the data do not choose, then added exactly, in
+    float64: the result is the Gaussian mechanism on the rounded sum, rounded (post-processing),
+    and no low-order bit of a sum survives but those on the grid. The grid is the power of two g at
+    or below C·2^-13/√P; rounding P parameters moves two neighbouring sums apart by g√P at most, so
+    the noise is σ·(C + g√P), up by at most 1.3e-4. Exact while 16σ and the batch stay below
+    2^38/√P. Not protected: see `randomness.SecureStream` for the draws.
     """
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, *, sigma: Tensor, bound: Tensor, batch: Tensor
     ) -> None:
         super().__init__(optimizer, noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=1)
-        # σC with C = ∞ and σ = 0 (no privacy) is no noise, not NaN.
-        self.scale = torch.where(sigma > 0, sigma * bound, torch.zeros_like(sigma))
         self.batch = batch
+        each = sum(parameter[0].numel() for parameter in self.params)
+        grids = [_grid(float(c), each) for c in bound]
+        self.grid = torch.tensor(grids, dtype=torch.float64, device=sigma.device)
+        widest = bound.double() + self.grid * math.sqrt(each)
+        # σC with C = ∞ and σ = 0 (no privacy) is no noise, not NaN.
+        self.scale = torch.where(sigma > 0, sigma * widest, 0.0)
+        self._noisy, self._all_noisy = bool((sigma > 0).any()), bool((sigma > 0).all())
 
     def release(self, rng: FleetRng, step: int) -> None:
         """Turn the clipped sums into noisy means in `p.grad` and move; clears the sums."""
@@ -268,13 +349,33 @@ class FleetOptimizer(DPOptimizer):
         for parameter in self.params:
             total = getattr(parameter, "summed_grad", None)
             total = torch.zeros_like(parameter) if total is None else total
-            if self.scale.any():
-                noise = opened.normal(*parameter.shape[1:]).to(total)
-                total = total + noise * _expand(self.scale, total).to(total)
-            parameter.grad = total / _expand(self.batch, total).to(total)
+            if self._noisy:
+                noise = opened.normal(*parameter.shape[1:], dtype=torch.float64)
+                parameter.grad = self._noisy_mean(total, noise)
+            else:
+                parameter.grad = total / _expand(self.batch, total)
             parameter.summed_grad = None  # type: ignore[attr-defined]
         self.original_optimizer.step()
         self.original_optimizer.zero_grad(set_to_none=True)
+
+    def _noisy_mean(self, total: Tensor, noise: Tensor) -> Tensor:
+        """`total` and `noise` (float64, used up), both (runs, ...), to the type of `total`."""
+        grid, scale = _expand(self.grid, total), _expand(self.scale, total)
+        noise.mul_(scale / grid).round_()
+        cells = noise.add_((total * (1 / grid)).round_())
+        mean = torch.empty_like(total)
+        torch.mul(cells, grid / _expand(self.batch, total), out=mean)
+        if self._all_noisy:
+            return mean
+        return torch.where(scale > 0, mean, total / _expand(self.batch, total))
+
+
+def _grid(bound: float, parameters: int) -> float:
+    """Largest power of two at or below C·2^-13/√P; 1 where there is no bound."""
+    if math.isinf(bound):
+        return 1.0
+    _, exponent = math.frexp(bound / math.sqrt(parameters))
+    return math.ldexp(1.0, exponent - 14)
 
 
 class PrivateEngine:
@@ -311,6 +412,8 @@ class PrivateEngine:
             if s == 0 and math.isfinite(c):
                 raise UsageError(f"sigma={s} with clip={c}: clipping without noise is not private")
         like = next(network.parameters())
+        if not all(map(math.isinf, bound)):
+            _check_precision(like)
         scales = [torch.tensor(list(v), dtype=like.dtype) for v in (sigma, bound, batch)]
         noise, clip, expected = (scale.to(like.device) for scale in scales)
         self.clipper = ENGINES[mode](network, clip)

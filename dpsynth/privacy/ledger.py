@@ -62,7 +62,7 @@ class Ledger:
     relation: str = "add_remove"
     noise: str = "philox:seed"
     sink: Callable[[Event], Event] | None = None
-    executed: Executed = Executed()
+    executed: Executed = field(default_factory=Executed)
     seal: Mapping[str, str] = field(default_factory=dict)
     _events: list[Event] = field(default_factory=list)
 
@@ -114,10 +114,30 @@ class Ledger:
         """δ(ε) at each of `epsilons` (the privacy profile), for trade-off curves."""
         return accounting.profile(self.events, epsilons, group=self.contributions)
 
-    def sealed(self, files: Mapping[str, bytes], executed: Executed) -> Ledger:
+    def tradeoff(self, fprs: Sequence[float]) -> np.ndarray:
+        """Least false negative rate of any attack at each false positive rate (len(fprs),)."""
+        return accounting.tradeoff(self.events, fprs, group=self.contributions)
+
+    @property
+    def mu(self) -> float:
+        """Least μ whose Gaussian trade-off covers this ledger's down to its δ."""
+        return accounting.mu(self.events, self.delta, group=self.contributions)
+
+    @property
+    def advantage(self) -> float:
+        """Most that any attack's true positive rate exceeds its false positive rate by."""
+        return accounting.advantage(self.events, group=self.contributions)
+
+    def sealed(self, files: Mapping[str, bytes]) -> Ledger:
         """This ledger as it is saved beside `files`: closed, and bound to their content."""
-        digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-        return replace(self, sink=None, executed=executed, seal=digests)
+        return replace(self, sink=None, seal=_digests(files))
+
+    def check_seal(self, files: Mapping[str, bytes]) -> None:
+        """Refuse files other than those the ledger was saved with."""
+        found = _digests(files)
+        for name in sorted({*found, *self.seal}):
+            if found.get(name) != self.seal.get(name):
+                raise UsageError(f"{name}: is not the file that the ledger was sealed with")
 
     def to_json(self) -> str:
         """Text of `ledger.json`: one event a row, each with a hash of itself and all before it."""
@@ -181,6 +201,10 @@ class Ledger:
         return cls(
             **header, executed=Executed(**body["executed"]), seal=body["seal"], _events=events
         )
+
+
+def _digests(files: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
 def _link(before: str, row: Mapping[str, Any]) -> str:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import functools
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from types import MappingProxyType
 from typing import Any
 
-from scipy.optimize import brentq
-from scipy.stats import norm
-
 from dpsynth.checks import UsageError, check_choice, check_count, check_fraction, check_positive
-from dpsynth.privacy.accounting import compose_epsilon
+from dpsynth.privacy import cache
+from dpsynth.privacy.calibration import gaussian_mu, noise_multiplier, training, whole_mu
 from dpsynth.privacy.events import Event
 from dpsynth.privacy.ledger import Ledger
 
-__all__ = ["NoPrivacy", "PrivacyPlan", "check_shares", "gaussian_mu"]
+__all__ = ["SECURE_NOISE", "NoPrivacy", "PrivacyPlan", "check_shares", "gaussian_mu"]
 
 STAGES = ("rows", "codec", "marginals")
-_COARSE, _FINE = 1e-3, 1e-4
-# The accountant rounds up by less than this: a ledger must never come out above its target.
-_BELOW = 1 - 4e-7
+SECURE_NOISE = "aes256-ctr:system"
 
 
 @dataclass(frozen=True)
@@ -35,11 +31,17 @@ class PrivacyPlan:
             and noise off and changes nothing else.
         delta: Target δ.
         shares: Fraction of the squared Gaussian budget μ² of each measuring stage (`rows`,
-            `codec`, `marginals`); DP-SGD gets the rest.
+            `codec`, `marginals`); DP-SGD gets the rest. What is divided is what `spent` leaves.
         batch: Expected records a step.
         steps: Number of DP-SGD steps T; 0 for a generator that is measured, not trained.
         clip: L2 bound C on one record's contribution to one step.
         rows: Public number of rows, the denominator of the sampling rate.
+        unit: What is protected: one `record`, or all rows that share a value of the column named
+            here.
+        contributions: Most rows k of one unit; 1 for records.
+        secure: Whether noise comes from the operating system's cryptographic generator; only
+            recorded here.
+        spent: What was paid before this training in every run under the same schema.
         sigma: DP-SGD noise multiplier; `calibrate` fills it in.
     """
 
@@ -51,7 +53,10 @@ class PrivacyPlan:
     clip: float = 1.0
     shares: Mapping[str, float] = field(default_factory=dict)
     unit: str = "record"
+    contributions: int = 1
     relation: str = "add_remove"
+    secure: bool = False
+    spent: tuple[Event, ...] = ()
     sigma: float | None = None
 
     def __post_init__(self) -> None:
@@ -61,18 +66,31 @@ class PrivacyPlan:
         check_count("batch", self.batch)
         check_count("steps", self.steps, least=0)
         check_positive("clip", self.clip)
-        check_choice("unit", self.unit, ("record",))
+        self._check_unit()
+        object.__setattr__(self, "spent", _events(self.spent))
         check_choice("relation", self.relation, ("add_remove",))
         check_shares(self.shares)
         total = sum(self.shares.values())
         if total > 1 + 1e-9 or (self.steps and total > 0.999):
             raise UsageError(f"privacy.shares: add up to {total:g}; leave some for the rest")
+        # There are at most as many units as rows, so this covers units too.
         if self.private and self.delta >= 1 / self.rows:
             raise UsageError(
                 f"delta={self.delta:g}: must be below 1/rows={1 / self.rows:.3g}, or a mechanism "
                 "that publishes one whole record would pass"
             )
         object.__setattr__(self, "shares", MappingProxyType(dict(self.shares)))
+
+    def _check_unit(self) -> None:
+        if not isinstance(self.unit, str) or not self.unit:
+            raise UsageError(f"unit={self.unit!r}: must be `record` or the name of a column")
+        check_count("contributions", self.contributions)
+        if self.unit == "record" and self.contributions != 1:
+            raise UsageError(
+                f"contributions={self.contributions}: a record is one row; name the unit's column"
+            )
+        if not isinstance(self.secure, bool):
+            raise UsageError(f"secure={self.secure!r}: must be true or false")
 
     @property
     def private(self) -> bool:
@@ -97,13 +115,16 @@ class PrivacyPlan:
         return self.clip if self.private else math.inf
 
     def mu(self, stage: str) -> float:
-        """Gaussian budget μ of a measuring stage; its m parts of sensitivity 1 each take noise
-        √m/μ."""
+        """Gaussian budget μ of a measuring stage for one row; its m parts of sensitivity 1 each
+        take noise √m/μ. A unit of k rows gets k times this μ."""
         check_choice("stage", stage, STAGES)
         if not self.private:
             return math.inf
-        whole = gaussian_mu(self.epsilon, self.delta) * _BELOW
-        return whole * math.sqrt(self.shares.get(stage, 0.0))
+        share = self.shares.get(stage, 0.0)
+        if share == 0:
+            return 0.0
+        whole = whole_mu(self.epsilon, self.delta, self.spent, self.contributions)
+        return whole * math.sqrt(share) / self.contributions
 
     def measured(self) -> list[Event]:
         """The events of the measuring stages, each stage as one Gaussian."""
@@ -114,8 +135,12 @@ class PrivacyPlan:
         """What DP-SGD spends over all of its steps."""
         if not self.private:
             return Event(what, "none", steps=self.steps)
-        mechanism = "poisson_gaussian" if self.q < 1 else "gaussian"
-        return Event(what, mechanism, sigma=self.noise, q=self.q, steps=self.steps)
+        return training(self.noise, self.q, self.steps, what)
+
+    def events(self, what: str = "dpsgd") -> tuple[Event, ...]:
+        """Everything that a calibrated plan pays, in order: `spent`, the stages, DP-SGD."""
+        trained = [self.training_event(what)] if self.steps else []
+        return (*self.spent, *self.measured(), *trained)
 
     def calibrate(self) -> PrivacyPlan:
         """The same plan with the least σ whose composed ε stays at or below the target.
@@ -124,20 +149,60 @@ class PrivacyPlan:
             UsageError: When no σ up to 1e6 fits.
         """
         if not self.private or self.steps == 0:
+            if self.private and self.spent:  # refused here rather than at the first stage
+                whole_mu(self.epsilon, self.delta, self.spent, self.contributions)
             return replace(self, sigma=0.0)
-        sigma = _calibrate(
-            self.epsilon, self.delta, self.q, self.steps, tuple(e.sigma for e in self.measured())
+        return replace(self, sigma=self._sigma())
+
+    def _sigma(self) -> float:
+        key = self._key()
+        held = cache.load(key)
+        # What reached more than the target, or far less, is not the σ of this plan.
+        if held is not None and 0.98 * self.epsilon <= held[1] <= self.epsilon:
+            return held[0]
+        base = (*self.spent, *self.measured())
+        sigma, reached = noise_multiplier(
+            self.epsilon, self.delta, self.q, int(self.steps), base, int(self.contributions)
         )
-        return replace(self, sigma=sigma)
+        cache.store(key, sigma, reached)
+        return sigma
+
+    def _key(self) -> str:
+        """Whatever σ follows from."""
+        spent = [{**event.to_dict(), "what": "", "when": ""} for event in self.spent]
+        shares = {name: float(share) for name, share in self.shares.items() if share}
+        numbers = [float(self.epsilon), float(self.delta), self.q]
+        counts = [int(self.steps), int(self.contributions)]
+        return json.dumps([numbers, counts, shares, spent], sort_keys=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `PrivacyPlan(**…)` is the inverse."""
         named = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {**named, "shares": dict(self.shares)}
+        spent = [event.to_dict() for event in self.spent]
+        return {**named, "shares": dict(self.shares), "spent": spent}
 
-    def ledger(self) -> Ledger:
-        """An empty ledger for this plan."""
-        return Ledger(self.delta, unit=self.unit, relation=self.relation)
+    def ledger(self, noise: str | None = None) -> Ledger:
+        """A ledger for this plan with nothing in it, `spent` not either.
+
+        Args:
+            noise: Where the noise comes from, unless the plan is `secure`; by default `philox`.
+        """
+        if self.secure and noise not in (None, SECURE_NOISE):
+            raise UsageError(f"noise={noise}: the plan is secure, which is {SECURE_NOISE}")
+        return Ledger(
+            self.delta,
+            unit=self.unit,
+            contributions=self.contributions,
+            relation=self.relation,
+            noise=SECURE_NOISE if self.secure else noise or "philox",
+        )
+
+
+def _events(spent: Any) -> tuple[Event, ...]:
+    """Events as they are, or as `Event.to_dict` wrote them."""
+    if isinstance(spent, (str, Mapping)) or not isinstance(spent, Sequence):
+        raise UsageError(f"privacy.spent={spent!r}: must be a list of events")
+    return tuple(row if isinstance(row, Event) else Event.from_dict(row) for row in spent)
 
 
 def check_shares(shares: Mapping[str, float]) -> None:
@@ -161,49 +226,3 @@ def gaussian_event(what: str, mu: float) -> Event:
     if math.isinf(mu):
         return Event(what, "none")
     return Event(what, "gaussian", sigma=1 / mu)
-
-
-@functools.cache
-def gaussian_mu(epsilon: float, delta: float) -> float:
-    """The μ at which Gaussian DP gives (ε, δ): δ = Φ(−ε/μ+μ/2) − e^ε Φ(−ε/μ−μ/2)
-    (Balle & Wang 2018, Theorem 8; Dong et al. 2022, Corollary 1)."""
-
-    def excess(mu: float) -> float:
-        tail = math.exp(epsilon + norm.logcdf(-epsilon / mu - mu / 2))
-        return norm.cdf(-epsilon / mu + mu / 2) - tail - delta
-
-    return float(brentq(excess, 1e-6, 20 + 10 * epsilon, xtol=1e-12))
-
-
-@functools.lru_cache(maxsize=512)
-def _calibrate(
-    epsilon: float, delta: float, q: float, steps: int, measured: tuple[float, ...]
-) -> float:
-    base = [Event(f"measured:{i}", "gaussian", sigma=s) for i, s in enumerate(measured)]
-    mechanism = "poisson_gaussian" if q < 1 else "gaussian"
-
-    def spent(sigma: float, interval: float) -> float:
-        trained = Event("dpsgd", mechanism, sigma=sigma, q=q, steps=steps)
-        return compose_epsilon([*base, trained], delta, interval)
-
-    def excess(log_sigma: float, interval: float) -> float:
-        return math.log(max(spent(math.exp(log_sigma), interval), 1e-12) / epsilon)
-
-    low = high = 0.0
-    while excess(high, _COARSE) > 0:
-        low, high = high, high + math.log(2)
-        if high > math.log(1e6):
-            raise UsageError(
-                f"epsilon={epsilon:g}: no noise is enough beside the measuring stages; raise "
-                "epsilon or lower privacy.shares"
-            )
-    while low == high or excess(low, _COARSE) <= 0:
-        low -= math.log(1.5)
-    near = brentq(excess, low, high, args=(_COARSE,), xtol=1e-3)
-    # The fine grid rounds less, so the root moves down a little: one Newton step there, with the
-    # slope of the coarse grid, then up until it holds.
-    slope = (excess(near + 0.01, _COARSE) - excess(near - 0.01, _COARSE)) / 0.02
-    root = near - excess(near, _FINE) / slope + 2e-5
-    while excess(root, _FINE) > 0:
-        root += 1e-4
-    return math.exp(root)

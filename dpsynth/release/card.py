@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from dpsynth.checks import UsageError, check_positive
 from dpsynth.frontier.results import higher_is_better, markdown_text
@@ -13,7 +17,16 @@ from dpsynth.frontier.results import higher_is_better, markdown_text
 if TYPE_CHECKING:
     from dpsynth.audit.membership import Audit
 
-__all__ = ["FACTS", "card", "check_facts", "ledger_rows", "noise_origin", "not_covered"]
+__all__ = [
+    "FACTS",
+    "card",
+    "check_facts",
+    "ledger_rows",
+    "noise_origin",
+    "not_covered",
+    "stated",
+    "sweep_cost",
+]
 
 FACTS: Mapping[str, str] = {
     # Always needed.
@@ -42,6 +55,8 @@ FACTS: Mapping[str, str] = {
     "clip": "C",
     "accountant_version": "its version",
     "tuning": "what choosing settings cost, or that it was not counted",
+    "sweep_runs": "number of runs of the sweep that this one is part of",
+    "sweep_epsilon": "ε of all of these published together",
     "ledger": "rows of `what`, `mechanism` and `params` (a mapping or a text)",
     "metrics": "figures of the evaluation",
     "floors": "the same figures for real rows",
@@ -115,6 +130,8 @@ def check_facts(facts: Mapping[str, Any]) -> None:
         raise UsageError(f"delta={facts['delta']}: must lie between 0 and 1")
     if math.isfinite(facts["epsilon"]):
         _need(facts, NEEDED_PRIVATE)
+    if (facts.get("sweep_epsilon") is None) != (facts.get("sweep_runs") is None):
+        raise UsageError("facts: sweep_runs and sweep_epsilon go together; give both or neither")
     for name in LISTS:
         if isinstance(facts.get(name), str):
             raise UsageError(f"fact {name!r}: must be a list of texts, not one text")
@@ -171,7 +188,10 @@ def _front_matter(facts: Mapping[str, Any]) -> list[str]:
         tags.append("differential-privacy")
     tags += [tag for tag in _more(facts, "tags") if tag not in tags]
     lines = ["---", f"license: {json.dumps(licence)}", "library_name: dpsynth", "tags:"]
-    return [*lines, *(f"- {json.dumps(str(tag), ensure_ascii=False)}" for tag in tags), "---"]
+    lines += [f"- {json.dumps(str(tag), ensure_ascii=False)}" for tag in tags]
+    # In full digits, for whoever checks the card against the ledger. YAML reads 1e-05 as a text.
+    claim = {"privacy": {name: float(facts[name]) for name in ("epsilon", "delta")}}
+    return [*lines, *yaml.safe_dump(claim, sort_keys=False).splitlines(), "---"]
 
 
 def _more(facts: Mapping[str, Any], name: str) -> Sequence[str]:
@@ -233,11 +253,79 @@ def _privacy(facts: Mapping[str, Any]) -> list[str]:
         f"| accountant | {accountant} |",
         f"| cost of tuning | {_said(facts, 'tuning')} |",
     ]
+    if (whole := sweep_cost(facts)) is not None:
+        lines.append(f"| the whole sweep | {markdown_text(whole)} |")
     rows = ledger_rows(facts)
     if rows:
         lines += ["", "| paid for | mechanism | parameters |", "|---|---|---|"]
         lines += [f"| {' | '.join(map(markdown_text, row))} |" for row in rows]
     return lines
+
+
+def sweep_cost(facts: Mapping[str, Any]) -> str | None:
+    """What publishing this run's whole sweep spends, in one sentence, if it is known."""
+    if facts.get("sweep_epsilon") is None:
+        return None
+    total, runs = facts["sweep_epsilon"], facts["sweep_runs"]
+    budget = "∞" if math.isinf(total) else f"{total:.4g}"
+    return (
+        f"this run alone: ε = {facts['epsilon']:.4g}; all {runs} runs of its sweep published "
+        f"together: ε = {budget}"
+    )
+
+
+def stated(text: str) -> dict[str, Any]:
+    """What a card's text claims about privacy, for comparing it with a ledger.
+
+    Returns:
+        `epsilon` and `delta` of the front matter, `headline` if an ε is announced, the facts of the
+        privacy table by their keys in `FACTS` (numbers as floats), and `ledger` as pairs of what
+        was paid for and by which mechanism.
+
+    Raises:
+        UsageError: When the front matter cannot be read, or something is stated twice.
+    """
+    try:
+        head = yaml.safe_load(text.split("---\n")[1])
+        claims: dict[str, Any] = {name: head["privacy"][name] for name in ("epsilon", "delta")}
+    except (IndexError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UsageError("card: its front matter states no privacy; write the card anew") from error
+    labels = {label: name for name, label in (("unit", "unit"), ("relation", "relation"))}
+    labels |= {label: name for name, label in PARAMETERS}
+    ledger: list[tuple[str, ...]] = []
+    lines = text.splitlines()
+    for place, line in enumerate(lines):
+        cells = _cells(line)
+        if line.startswith("**ε = "):
+            _claim(claims, "headline", line.strip("*"))
+        elif len(cells) == 2 and cells[0] in labels:
+            _claim(claims, labels[cells[0]], _number(cells[1]))
+        elif cells == ["paid for", "mechanism", "parameters"]:
+            rows = itertools.takewhile(lambda row: len(row) == 3, map(_cells, lines[place + 2 :]))
+            ledger += [(row[0], row[1]) for row in rows]
+    return {**claims, "ledger": ledger}
+
+
+def _claim(claims: dict[str, Any], name: str, value: object) -> None:
+    if name in claims:
+        raise UsageError(f"card: states {name} twice, {claims[name]} and {value}")
+    claims[name] = value
+
+
+def _cells(line: str) -> list[str]:
+    """Cells of a table's line, as they were before `markdown_text`; none elsewhere."""
+    if not line.startswith("|"):
+        return []
+    cells = re.split(r"(?<!\\)\|", line)[1:-1]
+    plain = (cell.strip().replace("\\|", "|").replace("&lt;", "<") for cell in cells)
+    return [cell.replace("&amp;", "&") for cell in plain]
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def ledger_rows(facts: Mapping[str, Any]) -> list[tuple[str, str, str]]:

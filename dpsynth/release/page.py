@@ -19,7 +19,7 @@ from dpsynth.checks import UsageError
 from dpsynth.data import Table
 from dpsynth.evaluation.fidelity import associations
 from dpsynth.frontier.results import higher_is_better
-from dpsynth.release.card import check_facts, ledger_rows, noise_origin, not_covered
+from dpsynth.release.card import check_facts, ledger_rows, noise_origin, not_covered, sweep_cost
 from dpsynth.schema import Column
 
 if TYPE_CHECKING:
@@ -289,6 +289,8 @@ def _privacy(facts: Mapping[str, Any]) -> str:
             f"{_text(facts['unit'])} ({_text(facts['relation'])}), composed by "
             f"{_text(facts['accountant'])} {_text(version)}.</p>"
         )
+        if (whole := sweep_cost(facts)) is not None:
+            parts.append(f"<p>{_text(whole[0].upper() + whole[1:])}.</p>")
     parts.append(f"<p>{_text(noise_origin(facts).replace('**', ''))}</p>")
     rows = ledger_rows(facts)
     if rows:

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from dpsynth.baselines.marginal import Independent, NaiveBayes
-from dpsynth.checks import UsageError, check_choice, check_count, check_positive
+from dpsynth.checks import RefusedError, UsageError, check_choice, check_count, check_positive
 from dpsynth.codec import Codec, Layout
 from dpsynth.data import Table
 from dpsynth.marginals import Marginals
 from dpsynth.models import Diffusion, Gan, Generator, Vae
 from dpsynth.privacy.batches import PoissonBatches
 from dpsynth.privacy.engine import ENGINES
-from dpsynth.privacy.ledger import Ledger
+from dpsynth.privacy.events import Event
+from dpsynth.privacy.journal import Journal
+from dpsynth.privacy.ledger import Executed, Ledger
 from dpsynth.privacy.mechanisms import Measurer
+from dpsynth.privacy.metadata import spent_events
 from dpsynth.privacy.plan import NoPrivacy, PrivacyPlan, check_shares
-from dpsynth.randomness import FleetRng, derive, fresh_key, stream
+from dpsynth.privacy.targets import Target
+from dpsynth.privacy.targets import epsilon_for as target_epsilon
+from dpsynth.randomness import FleetRng, Stream, derive, fresh_key, secure_stream, stream
 
 __all__ = [
     "FAMILIES",
@@ -42,12 +47,13 @@ __all__ = [
     "Trained",
     "build",
     "check_seat",
+    "epsilon_for",
     "plain",
     "train_fleet",
 ]
 
 # Parts of the squared Gaussian budget; a noisy row count is only taken where none is declared.
-_PRIVACY = frozenset(PrivacyPlan.__dataclass_fields__) - {"epsilon", "rows", "sigma"}
+_PRIVACY = frozenset(PrivacyPlan.__dataclass_fields__) - {"epsilon", "rows", "sigma", "spent"}
 _CODEC = {"bins": 32, "heaps": 16}
 SHARES = {"rows": 0.01, "codec": 0.1, "marginals": 0.3}
 
@@ -128,6 +134,7 @@ class Trained:
     ledger: Ledger
     codec: Codec
     generator: Generator
+    executed: Executed
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +168,15 @@ def check_seat(recipe: Recipe, seat: Seat) -> None:
     check_positive("epsilon", seat.epsilon, allow_inf=True)
     if math.isfinite(seat.epsilon):
         seat.table.schema.check_public()
+    if recipe.privacy.get("secure") and seat.seed is not None:
+        raise UsageError(
+            f"seed={seat.seed} with privacy.secure=true: secure noise has no seed; leave it out"
+        )
+    if recipe.privacy.get("unit", "record") != "record" and seat.table.units is None:
+        raise UsageError(
+            f"privacy.unit={recipe.privacy['unit']}: the table does not say who owns a row; read "
+            "it with that unit"
+        )
     build(recipe, Layout.of(seat.table.schema, **_codec_settings(recipe)), 1)
     _plan(recipe, seat, seat.table.schema.expected_rows or 1)
     _device(recipe)
@@ -179,53 +195,107 @@ def train_fleet(
     Args:
         recipe: What they share.
         seats: One entry a run, all under one schema.
-        state: Folder for what a resumed training needs (keys and the last checkpoint; private,
-            never published). `None` keeps nothing.
+        state: Folder for what a resumed training needs (keys, the journal of what is paid and
+            done, the last checkpoint; private, never published). `None` keeps nothing.
         logger: Lightning loggers.
         callbacks: Lightning callbacks.
 
     Returns:
         One `Trained` a seat, in order.
+
+    Raises:
+        UsageError: On what `check_seat` refuses, or on a `state` that belongs to another fleet.
+        RefusedError: On a callback that would choose by a figure of private rows.
     """
     if not seats:
         raise UsageError("seats=0: a fleet needs at least one run")
+    _check_callbacks(seats, callbacks)
     for seat in seats:
         check_seat(recipe, seat)
         if _shape(seat) != _shape(seats[0]):
             raise UsageError("seats have different schemas; train them apart")
     keys = _keys(recipe, seats, state)
-    measured = [_measure(recipe, seat, key) for seat, key in zip(seats, keys, strict=True)]
+    journal = Journal(None if state is None else state / "journal.jsonl", keys)
+    measured = [
+        _measure(recipe, seat, key, journal.sink(run))
+        for run, (seat, key) in enumerate(zip(seats, keys, strict=True))
+    ]
     generator = build(recipe, measured[0].codec.layout, len(seats))
-    rng = FleetRng(keys, device=_device(recipe))
-    generator.reset(FleetRng(keys))
+    secure = measured[0].plan.secure
+    rng = FleetRng(keys, device=_device(recipe), secure=secure)
+    generator.reset(FleetRng(keys, secure=secure))
     generator.prepare([m.marginals for m in measured], [m.codec.used for m in measured])
     if generator.trained and measured[0].plan.steps:
         for m in measured:
             m.ledger.pay(m.plan.training_event(f"dpsgd:{recipe.model}"))
             m.ledger.cross_check()
-        _fit(recipe, generator, measured, rng, state, logger, callbacks)
+        _fit(recipe, generator, measured, rng, journal, state, logger, callbacks)
     generator.finish()
     return [
-        Trained(seat, recipe, m.plan, m.ledger, m.codec, _single(recipe, m.codec, generator, run))
+        Trained(
+            seat,
+            recipe,
+            m.plan,
+            m.ledger,
+            m.codec,
+            _single(recipe, m.codec, generator, run),
+            journal.executed,
+        )
         for run, (seat, m) in enumerate(zip(seats, measured, strict=True))
     ]
 
 
-def _measure(recipe: Recipe, seat: Seat, key: int) -> _Measured:
+def _check_callbacks(seats: Sequence[Seat], callbacks: Sequence[Callback]) -> None:
+    """Refuse early stopping and choice of a checkpoint: whatever they watch is a figure of private
+    rows that no ledger has paid for."""
+    for callback in callbacks:
+        if hasattr(callback, "monitor") and any(math.isfinite(seat.epsilon) for seat in seats):
+            raise RefusedError(
+                f"callback {type(callback).__name__}: chooses by a private figure that is not "
+                "charged; train for the planned steps, or with privacy.epsilon=inf"
+            )
+
+
+def _measure(recipe: Recipe, seat: Seat, key: int, sink: Callable[[Event], Event]) -> _Measured:
     """Row count (if not declared), codec and marginals, each through a paid mechanism."""
+    _check_bounded(seat.table, recipe)
     # Where no row count is public yet the first plan must not depend on the true one.
     rough = _plan(recipe, seat, seat.table.schema.expected_rows or 1)
-    ledger = rough.ledger()
+    ledger = replace(rough.ledger(_noise(rough, seat)), sink=sink)
+    for event in rough.spent:
+        ledger.pay(event)
     rows = _public_rows(seat, rough, ledger, key)
     plan = _plan(recipe, seat, rows).calibrate()
     columns = Codec.measured_columns(seat.table.schema, **_codec_settings(recipe))
-    measurer = Measurer(ledger, plan.mu("codec"), 2 * len(columns), stream(key, "codec"))
+    measurer = Measurer(ledger, plan.mu("codec"), 2 * len(columns), _stream(plan, key, "codec"))
     codec = Codec.fit(seat.table, measurer, rows=rows, **_codec_settings(recipe))
     codes = codec.encode(seat.table)
     parts = Marginals.tables(codec.layout)
-    measurer = Measurer(ledger, plan.mu("marginals"), parts, stream(key, "marginals"))
+    measurer = Measurer(ledger, plan.mu("marginals"), parts, _stream(plan, key, "marginals"))
     marginals = Marginals.measure(codes, codec.layout, codec.used, measurer, codec.schema.names)
     return _Measured(plan, ledger, codec, codes, marginals)
+
+
+def _check_bounded(table: Table, recipe: Recipe) -> None:
+    """Refuse rows of one unit beyond the most that is accounted for."""
+    most = recipe.privacy.get("contributions", 1)
+    if recipe.privacy.get("unit", "record") == "record" or table.units is None:
+        return
+    if np.unique(table.units, return_counts=True)[1].max() > most:
+        raise RefusedError(
+            f"privacy.contributions={most}: a unit has more rows; bound them first with "
+            "Table.bounded"
+        )
+
+
+def _noise(plan: PrivacyPlan, seat: Seat) -> str:
+    """Where the noise comes from, as the ledger says it."""
+    source = "aes256-ctr" if plan.secure else "philox"
+    return f"{source}:{'system' if seat.seed is None else 'seed'}"
+
+
+def _stream(plan: PrivacyPlan, key: int, purpose: str) -> Stream:
+    return secure_stream(key, purpose) if plan.secure else stream(key, purpose)
 
 
 def _codec_settings(recipe: Recipe) -> dict[str, int]:
@@ -248,9 +318,25 @@ def _plan(recipe: Recipe, seat: Seat, rows: int) -> PrivacyPlan:
         shares["marginals"] = 1 - shares["rows"] - shares["codec"]
     settings["clip"] = settings.get("clip") or family.clip
     settings.setdefault("delta", 1e-5)
+    of = {"unit": settings.get("unit", "record"), "contributions": settings.get("contributions", 1)}
+    settings["spent"] = tuple(spent_events(schema, **of))
     if math.isinf(seat.epsilon):
         return NoPrivacy(rows, shares=shares, **settings)
     return PrivacyPlan(epsilon=seat.epsilon, rows=rows, shares=shares, **settings)
+
+
+def epsilon_for(recipe: Recipe, table: Table, target: Target) -> float:
+    """The greatest ε at which a training of `recipe` on `table` keeps to a target in other terms;
+    reads no rows.
+
+    Raises:
+        UsageError: Where the number of rows is not public: the target then depends on what will
+            be counted.
+    """
+    rows = table.schema.expected_rows
+    if rows is None:
+        raise UsageError("privacy.target: needs a public row count; declare expected_rows")
+    return target_epsilon(target, lambda e: _plan(recipe, Seat(table, e), rows).calibrate())
 
 
 def plain(value: Any) -> Any:
@@ -267,7 +353,7 @@ def _public_rows(seat: Seat, plan: PrivacyPlan, ledger: Ledger, key: int) -> int
         return declared
     if not plan.private:
         return len(seat.table)
-    noise = Measurer(ledger, plan.mu("rows"), 1, stream(key, "rows")).histograms("rows", 1)
+    noise = Measurer(ledger, plan.mu("rows"), 1, _stream(plan, key, "rows")).histograms("rows", 1)
     return max(1, round(float(noise(np.array([float(len(seat.table))]))[0])))
 
 
@@ -294,7 +380,9 @@ def _keys(recipe: Recipe, seats: Sequence[Seat], state: Path | None) -> list[int
             raise UsageError(f"state {str(state)!r}: belongs to another fleet; remove it")
         return [int(line) for line in lines]
     keys = [
-        fresh_key() if seat.seed is None else derive(seat.seed, _purpose(recipe, seat))
+        fresh_key(secure=bool(recipe.privacy.get("secure")))
+        if seat.seed is None
+        else derive(seat.seed, _purpose(recipe, seat))
         for seat in seats
     ]
     if held is not None:
@@ -346,6 +434,7 @@ def _fit(
     generator: Generator,
     measured: Sequence[_Measured],
     rng: FleetRng,
+    journal: Journal,
     state: Path | None,
     logger: Sequence[Logger] | bool,
     callbacks: Sequence[Callback],
@@ -353,7 +442,8 @@ def _fit(
     plans = [m.plan for m in measured]
     sizes = [len(m.codes) for m in measured]
     batches = PoissonBatches(sizes, [plan.q for plan in plans], piece=recipe.piece)
-    generator.bind(_stack([m.codes for m in measured]), batches, plans, rng, engine=recipe.engine)
+    rows = _stack([m.codes for m in measured])
+    generator.bind(rows, batches, plans, rng, engine=recipe.engine, ahead=journal.execute)
     device = _device(recipe)
     with _quiet():
         trainer = lightning.Trainer(

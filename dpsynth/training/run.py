@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,10 @@ from dpsynth.sampling import parse_where, sample_table
 from dpsynth.schema import Schema
 from dpsynth.training.fleet import Recipe, Trained, build
 
-__all__ = ["Run"]
+__all__ = ["SEALED", "Run"]
+
+# What the ledger of a run is sealed over: with itself, all that a run needs.
+SEALED = ("config.yaml", "schema.json", "codec.json", "model.safetensors")
 
 _PACKAGES = ("dpsynth", "torch", "opacus", "dp-accounting", "lightning", "numpy", "pandas")
 
@@ -44,7 +47,6 @@ class Run:
         codec: How rows are encoded.
         generator: A fleet of one.
         seed: Fixed seed of the training, or `None` for the operating system's entropy.
-        executed: DP-SGD steps taken.
         lineage: Versions, time, and a name for the data.
     """
 
@@ -54,7 +56,6 @@ class Run:
     codec: Codec
     generator: Generator
     seed: int | None
-    executed: int
     lineage: Mapping[str, Any]
 
     @classmethod
@@ -69,11 +70,10 @@ class Run:
         return cls(
             trained.recipe,
             trained.plan,
-            trained.ledger,
+            replace(trained.ledger, sink=None, executed=trained.executed),
             trained.codec,
             trained.generator,
             trained.seat.seed,
-            int(trained.generator.completed),
             facts,
         )
 
@@ -81,6 +81,11 @@ class Run:
     def schema(self) -> Schema:
         """Public facts about the table."""
         return self.codec.schema
+
+    @property
+    def executed(self) -> int:
+        """DP-SGD steps taken."""
+        return self.ledger.executed.steps
 
     @property
     def epsilon(self) -> float:
@@ -119,29 +124,22 @@ class Run:
             "recipe": self.recipe.to_dict(),
             "plan": self.plan.to_dict(),
             "seed": self.seed,
-            "executed": self.executed,
         }
-        return {
+        files = {
             "config.yaml": yaml.safe_dump(config, sort_keys=False).encode(),
             "schema.json": self.schema.to_json().encode(),
             "codec.json": json.dumps(self.codec.to_dict()).encode(),
-            "ledger.json": self.ledger.to_json().encode(),
             "model.safetensors": save_tensors(
                 {k: v.contiguous() for k, v in self.generator.state_dict().items()}
             ),
         }
+        return {**files, "ledger.json": self.ledger.sealed(files).to_json().encode()}
 
     @classmethod
     def load(cls, folder: str | Path) -> Run:
         """Read a run folder after checking its hashes; executes nothing from it."""
         files, lineage = read_folder(Path(folder))
-        for name in (
-            "config.yaml",
-            "schema.json",
-            "codec.json",
-            "ledger.json",
-            "model.safetensors",
-        ):
+        for name in (*SEALED, "ledger.json"):
             if name not in files:
                 raise UsageError(f"run {str(folder)!r}: {name} is missing; fetch it again")
         try:
@@ -166,13 +164,14 @@ class Run:
         generator = build(recipe, codec.layout, 1)
         generator.load_state_dict(load_tensors(files["model.safetensors"]))
         generator.finish()
+        ledger = Ledger.from_json(files["ledger.json"].decode())
+        ledger.check_seal({name: files[name] for name in SEALED})
         return cls(
             recipe,
             PrivacyPlan(**config["plan"]),
-            Ledger.from_json(files["ledger.json"].decode()),
+            ledger,
             codec,
             generator,
             config["seed"],
-            config["executed"],
             lineage,
         )
