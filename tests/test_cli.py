@@ -238,8 +238,6 @@ SETTINGS = {
     "privacy.epsilon=-1": "epsilon=-1",
     "privacy.epsilon=abc": "epsilon=abc",
     "privacy.epsilon=nan": "epsilon=nan",
-    "privacy.epsilon=null": "epsilon=None",
-    "~privacy.epsilon": "epsilon=None",
     "privacy.epsilon=1,2": "dpsynth sweep",
     "privacy.epsilon=range(3)": "dpsynth sweep",
     "privacy.delta=.01": "delta=0.01",
@@ -255,7 +253,8 @@ SETTINGS = {
     "privacy.stpes=5": "stpes",
     "+privacy.stpes=5": "stpes",
     "+privacy.rows=5": "rows",
-    "+privacy.unit=person": "unit=person",
+    "privacy.unit=person": "unit 'person': no such column",
+    "privacy.contributions=2": "contributions=2",
     "model=typo": "model/typo",
     "model.options.latnet=2": "latnet",
     "+model.options.latnet=2": "latnet",
@@ -477,6 +476,10 @@ def journey(
         call("evaluate run", "evaluate", "run", *parts)
         call("evaluate schema", "evaluate", "sample.csv", *parts, "--schema", "schema.json")
         call("inspect", "inspect", "run")
+        call("verify", "verify", "run")
+        law = ["model=independent,naive_bayes", "select.mean=2", "model.options={}"]
+        call("select", "select", *mine, "privacy.epsilon=1", "seed=0", *law, "out=selected")
+        call("verify selected", "verify", "selected")
         grid = ["model=independent", "privacy.epsilon=1,inf", "seed=0,1", "model.options={}"]
         call("sweep", "sweep", *mine, *TINY[3:5], *TINY[7:], *grid, "out=swept")
         call("again sweep", "sweep", *mine, *TINY[3:5], *TINY[7:], *grid, "out=swept")
@@ -546,10 +549,35 @@ def test_a_table_is_judged(journey: tuple[Path, dict[str, Outcome]]) -> None:
 
 def test_inspect_shows_the_claim(journey: tuple[Path, dict[str, Outcome]]) -> None:
     shown = yaml.safe_load(journey[1]["inspect"][1])
+    claim = shown["claim"]
+    assert 0.99 < claim["epsilon"] <= 1.0 and claim["delta"] == 1e-5
+    assert 0 < claim["advantage"] < claim["mu"] < claim["epsilon"]
+    assert all(rate < tpr < 8 * rate for rate, tpr in claim["tpr_at_fpr"].items())
     assert shown["config"]["plan"]["epsilon"] == 1.0
     assert shown["ledger"]["events"][-1]["what"] == "dpsgd:vae"
     assert shown["lineage"]["data"] == "mine"
     assert shown["files"]["model.safetensors"] > 0
+
+
+def test_a_claim_is_recomputed(journey: tuple[Path, dict[str, Outcome]]) -> None:
+    folder, said = journey
+    for name, run in {"verify": "run", "verify selected": "selected"}.items():
+        found = Run.load(folder / run)
+        assert f"ε={found.epsilon:.4f}" in said[name][1] and "one record" in said[name][1]
+    assert "seed" in said["verify"][1], "noise that can be taken off is said to be that"
+
+
+def test_a_selection_is_paid_for(journey: tuple[Path, dict[str, Outcome]]) -> None:
+    run = Run.load(journey[0] / "selected")
+    assert [e.mechanism for e in run.ledger.events][-1] == "repeat_select"
+    assert 0.9 < run.epsilon <= 1.0 and run.plan.epsilon < 0.9
+
+
+def test_candidates_must_share_what_they_are_chosen_under(inputs: Path, refused) -> None:
+    mine = data(inputs)
+    words = "must be the same for all candidates"
+    refused("select", *mine, *TINY[:3], "privacy.epsilon=1,2", words=words)
+    refused("select", *mine, *TINY[:3], "privacy.epsilon=1", "seed=0,1", words=words)
 
 
 def test_a_sweep_is_drawn(journey: tuple[Path, dict[str, Outcome]]) -> None:
