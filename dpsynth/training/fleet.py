@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import math
+import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -229,6 +230,11 @@ def train_fleet(
         for m in measured:
             m.ledger.pay(m.plan.training_event(f"dpsgd:{recipe.model}"))
             m.ledger.cross_check()
+            if m.ledger.epsilon > m.plan.epsilon:
+                raise RefusedError(
+                    f"ledger: ε={m.ledger.epsilon:.6g} is above the target {m.plan.epsilon:g}; "
+                    "calibrate again"
+                )
         _fit(recipe, generator, measured, rng, journal, state, logger, callbacks)
     generator.finish()
     return [
@@ -463,6 +469,10 @@ def _fit(
     try:
         with _quiet():
             trainer.fit(generator, loader, ckpt_path=resume, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UsageError(
+            f"state {str(last)!r}: the checkpoint holds more than tensors; remove it"
+        ) from error
     except SystemExit:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from None
     if int(generator.completed) != generator.total:  # stopped from outside, e.g. by a signal
