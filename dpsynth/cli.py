@@ -426,7 +426,9 @@ def _draw(table: pd.DataFrame, sweep: Path, out: Path, x: str) -> None:
     console.print(cost.line, soft_wrap=True)
     shown = f"frontier: {out / 'frontier.png'}   interactive: {out / 'frontier.html'}"
     console.print(shown, soft_wrap=True)
-    console.print(f"runs, each with its report.html: {sweep / 'runs'}")
+    apart = _figures(sweep) != sweep / "frontier"
+    what = "runs, to be published" if apart else "runs, each with its report.html"
+    console.print(f"{what}: {sweep / 'runs'}", soft_wrap=True)
 
 
 def _frontier(arguments: list[str]) -> None:

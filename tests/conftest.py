@@ -27,6 +27,12 @@ settings.register_profile(
 settings.load_profile("dpsynth")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keeps tests out of the user's cache folder; processes they start inherit it."""
+    os.environ["DPSYNTH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def adult() -> Table:
     """The first 2000 Adult rows, without `education-num`, the twin of `education`."""

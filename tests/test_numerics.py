@@ -146,7 +146,7 @@ def test_a_long_float32_sum_moves_by_little_more_than_one_bound() -> None:
         parts = [p.summed_grad.double().flatten() for p in network.parameters()]  # type: ignore[attr-defined]
         sums.append(torch.cat(parts))
     for whole, fewer in zip(sums[::2], sums[1::2], strict=True):
-        assert 0.99 < float((whole - fewer).norm()) < 1 + 1e-3
+        assert 0.99 < float((whole - fewer).norm()) < 1 + 1e-4
 
 
 # Records that are not finite

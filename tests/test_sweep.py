@@ -13,6 +13,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
@@ -27,7 +28,7 @@ from dpsynth.frontier import sweep
 from dpsynth.frontier.results import AUDIT, DISTANCES, IDENTITY, metric_names
 from dpsynth.frontier.sweep import CONTROLS, Judging, Point, data_name, gather, run_sweep
 from dpsynth.randomness import stream
-from dpsynth.training.fleet import Seat, Trained, train_fleet
+from dpsynth.training.fleet import FAMILIES, Seat, Trained, train_fleet
 from dpsynth.training.run import Run
 
 JUDGING = Judging(max_rows=60, max_candidates=40, draws=1)
@@ -121,7 +122,9 @@ def test_a_sweep_is_these_folders(finished: tuple[Path, pd.DataFrame, str]) -> N
     assert {path.name for path in (folder / "controls").iterdir()} == {
         f"{name}-seed0" for name in CONTROLS
     }
-    assert [path.name for path in (folder / "private").iterdir()] == ["data"], "keys and checkpoints are private and go"
+    assert [path.name for path in (folder / "private").iterdir()] == ["data"], (
+        "keys and checkpoints are private and go"
+    )
     for point in POINTS:
         assert {path.name for path in (folder / "runs" / point.name).iterdir()} == FILES
     for path in (folder / "controls").iterdir():
@@ -482,3 +485,43 @@ def test_a_result_without_a_metric_is_an_error(copied: Path) -> None:
     write_folder(folder, {**files, "metrics.json": json.dumps(body).encode()}, lineage)
     with pytest.raises(UsageError, match="tvd1"):
         gather(copied)
+
+
+# Figures kept apart
+
+
+APART = replace(JUDGING, apart=True)
+CHEAP = [point for point in POINTS if not FAMILIES[point.recipe.model].trained]
+
+
+def test_figures_kept_apart_are_the_same_figures(
+    finished: tuple[Path, pd.DataFrame, str], tmp_path: Path, inline
+) -> None:
+    results = swept(tmp_path / "sweep", CHEAP, judging=APART)
+    usual = finished[1][finished[1]["run"].isin(results["run"])]
+    same(results, usual)
+    public = {path.name for path in (tmp_path / "sweep").rglob("*") if path.is_file()}
+    outside = {
+        path.name
+        for path in (tmp_path / "sweep").rglob("*")
+        if path.is_file() and "private" not in path.relative_to(tmp_path).parts
+    }
+    assert {"metrics.json", "audit.json", "report.html"} <= public
+    assert outside == FILES - {"metrics.json", "audit.json", "report.html"}
+    same(gather(tmp_path / "sweep"), results)
+
+
+def test_a_release_does_not_depend_on_whether_it_can_be_judged(tmp_path: Path, inline) -> None:
+    """That the holdout holds too few rows, or one class, is a fact about private rows."""
+    whole = split()
+    few = replace(whole, holdout=whole.holdout.take(np.arange(2)))
+    results = swept(tmp_path / "sweep", CHEAP[:1], rows=few, judging=APART)
+    assert results.empty
+    (run,) = (tmp_path / "sweep" / "runs").iterdir()
+    assert Run.load(run).epsilon <= CHEAP[0].epsilon
+    fault = (tmp_path / "sweep" / "private" / run.name / "fault.txt").read_text()
+    assert "holdout part has 2 rows" in fault
+    with pytest.raises(UsageError, match="no run could be judged: holdout part has 2 rows"):
+        gather(tmp_path / "sweep")
+    with pytest.raises(UsageError, match="holdout part has 2 rows"):
+        swept(tmp_path / "usual", CHEAP[:1], rows=few)

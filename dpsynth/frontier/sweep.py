@@ -247,7 +247,8 @@ def gather(folder: Path) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     recipes: dict[str, tuple[Path, Any]] = {}
     faults: list[str] = []
-    for path in _finished(folder, "runs") + _finished(folder, "controls"):
+    parts = ("runs", "controls", "private/controls")
+    for path in [path for part in parts for path in _finished(folder, part)]:
         files, lineage = read_folder(path)
         if "config.yaml" in files:  # a control has no recipe
             _check_recipe(path, files, lineage["result"]["family"], recipes)
@@ -483,12 +484,12 @@ def _submit_controls(
     bench: _Bench, folder: Path, points: Sequence[Point], submit: Submit
 ) -> list[Future[str]]:
     seeds = sorted({p.seed for p in points if p.seed is not None}) or [0]
-    del bench  # the workers hold it
+    home = folder / ("private/controls" if bench.judging.apart else "controls")
     return [
         submit(_judge_control, name, seed, target)
         for name in CONTROLS
         for seed in seeds
-        if not ((target := folder / "controls" / f"{name}-seed{seed}") / MANIFEST).is_file()
+        if not ((target := home / f"{name}-seed{seed}") / MANIFEST).is_file()
     ]
 
 

@@ -107,7 +107,8 @@ class Ledger:
             return
         if not -1e-3 * (1 + first) <= second - first <= 0.02 + 0.01 * first:
             raise UsageError(
-                f"ledger: PLD says ε={first:.4f} but PRV says {second:.4f}; do not use this plan"
+                f"ledger: the first accountant says ε={first:.4f} and the second {second:.4f}; do "
+                "not use this plan"
             )
 
     def profile(self, epsilons: Sequence[float]) -> np.ndarray:

@@ -312,7 +312,8 @@ def _opacus(events: tuple[Event, ...], delta: float, group: int) -> float:
     whole = [(mu2**-0.5, 1.0, 1)] if mu2 else []
     accountant = PRVAccountant()
     accountant.history = whole + [(sigma, q, steps) for (sigma, q), steps in rows.items()]
-    return float(accountant.get_epsilon(delta, eps_error=ERROR))
+    with np.errstate(divide="ignore"):  # of its own at q = 1, without consequence
+        return float(accountant.get_epsilon(delta, eps_error=ERROR))
 
 
 def _upper(parts: Parts, delta: float) -> float:

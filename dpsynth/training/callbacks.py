@@ -21,13 +21,13 @@ __all__ = ["LastCheckpoint", "SpentEpsilon", "TrainingProgress", "default_callba
 
 
 def spent(plan: PrivacyPlan, steps: int) -> float:
-    """ε after `steps` DP-SGD steps of a plan, measuring stages included (PLD, coarse grid, so a
-    little above the ledger's figure, never below)."""
-    event = plan.training_event("dpsgd")
-    events = plan.measured()
+    """ε after `steps` DP-SGD steps of a plan, with all that was measured before (PLD)."""
+    if not plan.private:
+        return float("inf")
+    events = [*plan.spent, *plan.measured()]
     if steps:
-        events.append(replace(event, steps=steps))
-    return compose_epsilon(events, plan.delta, 1e-3) if plan.private else float("inf")
+        events.append(replace(plan.training_event("dpsgd"), steps=steps))
+    return compose_epsilon(events, plan.delta, group=plan.contributions)
 
 
 class SpentEpsilon(Callback):
