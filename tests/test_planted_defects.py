@@ -278,7 +278,7 @@ class Even(Reopened):
         ({"rng": one_key}, {"runs", "repeats"}),
         ({"rng": Bounded}, {"law"}),
     ],
-    ids=lambda value: str(value) if isinstance(value, set) else None,
+    ids=lambda value: "+".join(sorted(value)) if isinstance(value, set) else None,
 )
 def test_a_defect_of_the_step_is_flagged(settings: dict[str, Any], flags: set[str]) -> None:
     assert flags <= set(judged(*stepped(**settings)).flags)

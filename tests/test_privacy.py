@@ -597,5 +597,5 @@ def test_two_accountants_must_agree(monkeypatch):
         monkeypatch.setattr(
             "dpsynth.privacy.accounting.second_opinion", lambda *_, w=wrong, **__: w
         )
-        with pytest.raises(UsageError, match="PLD says"):
+        with pytest.raises(UsageError, match="first accountant says"):
             ledger.cross_check()

@@ -77,6 +77,20 @@ def test_draws_follow_the_law(shape: float) -> None:
     assert stats.chisquare(found, expected).pvalue > 1e-4
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, 60.0])
+def test_the_last_draw_ends(shape: float) -> None:
+    """The terms of the law add up to 1 but for rounding, and a draw may fall beyond them."""
+
+    class Last:
+        def random(self) -> float:
+            return 1.0
+
+    law = Selection(200.0, shape)
+    last = law.trials(Last())  # pyright: ignore[reportArgumentType]
+    assert 200 < last < 1_000_000
+    assert law.pmf(np.array([last]))[0] < 1e-12
+
+
 def test_one_trial_is_one_trial() -> None:
     rng = stream(0, "trials")
     assert {Selection(1.0, shape).trials(rng) for shape in SHAPES for _ in range(20)} == {1}
@@ -324,6 +338,14 @@ def test_a_seed_gives_the_same_choice_and_every_trial_its_own_noise(
     assert len(set(tables)) == 4
     entropy = select(table(), choice)
     assert entropy.seat.seed is None and entropy.ledger.noise == "philox:system"
+
+
+def test_a_secure_selection_has_no_seed(tmp_path: Path) -> None:
+    secure = Choice((recipe("naive_bayes", privacy={"secure": True}),), Selection(2.0), 1.0)
+    with pytest.raises(UsageError, match="secure noise has no seed"):
+        select(table(), secure, seed=1)
+    Run.of(select(table(), secure), selection=secure.to_dict()).save(tmp_path / "run")
+    assert verify(tmp_path / "run").noise == "aes256-ctr:system"
 
 
 def test_the_best_by_a_noisy_score_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -351,7 +351,7 @@ TOGETHER_HEAD = (
 
 
 def together_rows(together: Together) -> list[tuple[str, ...]]:
-    """What publishing and choosing cost: under `TOGETHER_HEAD`, a row a target ε and one for all."""
+    """What publishing and choosing cost: rows under `TOGETHER_HEAD`, one a target ε and a total."""
     rows = [(f"{group.target:g}", group) for group in together.groups]
     alone, whole = together.alone, together.epsilon
     everything = Group(math.inf, together.runs, alone, whole, together.chosen, together.selected)

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -33,11 +33,14 @@ from dpsynth.data import Split, Table
 from dpsynth.evaluation import Report, evaluate, floors
 from dpsynth.frontier import results
 from dpsynth.privacy.ledger import Ledger
+from dpsynth.privacy.together import Release, together
 from dpsynth.randomness import FleetRng, derive, stream
 from dpsynth.release.card import card
 from dpsynth.release.page import overlays, page
+from dpsynth.release.verify import PROFILE
 from dpsynth.training.callbacks import default_callbacks
-from dpsynth.training.fleet import FAMILIES, Recipe, Seat, check_seat, train_fleet
+from dpsynth.training.expected import expected_events
+from dpsynth.training.fleet import FAMILIES, Recipe, Seat, check_seat, plan_of, train_fleet
 from dpsynth.training.run import Run
 
 __all__ = [
@@ -55,9 +58,6 @@ __all__ = [
 CONTROLS = ("fresh", "p-leak .2", "copy")
 LEAK = 0.2
 FAULT = "fault.txt"
-# Where δ(ε) is read off for a trade-off curve: dense where curves bend.
-PROFILE = tuple(np.concatenate([np.linspace(0, 8, 161), np.linspace(8.25, 40, 128)]).tolist())
-
 LoggerOf = Callable[[Path], Sequence[Logger] | bool]
 Submit = Callable[..., Future[str]]
 
@@ -131,6 +131,7 @@ class _Bench:
         judging: Settings.
         floors: What real rows reach by every metric.
         data: Name of the table.
+        sweep: What publishing all runs costs, as cards say it.
         fault: Why nothing can be judged, where figures are kept apart: whether it can be is private
             too, so it must not stop a release.
     """
@@ -144,6 +145,7 @@ class _Bench:
     floors: dict[str, float]
     data: str
     fault: str = ""
+    sweep: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run_sweep(
@@ -192,6 +194,7 @@ def run_sweep(
         if not judging.apart:
             raise
         bench = _faulty(split, data, judging, str(error))
+    bench = replace(bench, sweep=_published(points, split.members))
     (folder / "private").mkdir(parents=True, exist_ok=True)
     (folder / "private" / "data").write_text(_digest(split))
     cores = os.cpu_count() or 1
@@ -411,7 +414,7 @@ def _judge_run(source: Path, reference: Path | None, target: Path, variant: str)
     run = Run.load(source)
     key = None if run.seed is None else derive(run.seed, "samples")
     synthetic = run.sample_table(run.plan.rows, rng=key)
-    facts = run_facts(run, name=target.name, data=bench.data)
+    facts = {**run_facts(run, name=target.name, data=bench.data), **bench.sweep}
     parquet = BytesIO()
     synthetic.frame.to_parquet(parquet, index=False)
     role = "model" if FAMILIES[run.recipe.model].trained else "baseline"
@@ -547,6 +550,22 @@ def _ceiling(run: Run) -> Ceiling:
     if not run.plan.private:
         return Ceiling.none()
     return Ceiling.from_profile(PROFILE, run.ledger.profile(PROFILE).tolist())
+
+
+def _published(points: Sequence[Point], members: Table) -> dict[str, Any]:
+    """What publishing all points costs, for each card; from plans alone, so the number of rows must
+    be public. Nothing for a single one."""
+    rows = members.schema.expected_rows
+    if rows is None or len(points) < 2:
+        return {}
+    planned = []
+    for point in points:
+        plan = plan_of(point.recipe, Seat(members, point.epsilon), rows).calibrate()
+        events = tuple(expected_events(point.recipe, members.schema, plan))
+        of = {"unit": plan.unit, "contributions": plan.contributions}
+        spent = len(plan.spent)
+        planned.append(Release(point.name, point.epsilon, plan.delta, events, spent, **of))
+    return {"sweep_runs": len(points), "sweep_epsilon": together(planned).published}
 
 
 # -- words ---------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ class Generator(lightning.LightningModule, ABC):
             ahead: Called with a range of steps before the first of them is taken.
 
         Raises:
-            RefusedError: On a sampler that is not `PoissonBatches`.
+            RefusedError: On a sampler that is not `PoissonBatches`, or not at the planned rate.
         """
         if not isinstance(batches, PoissonBatches):
             raise RefusedError(
@@ -167,6 +167,9 @@ class Generator(lightning.LightningModule, ABC):
             )
         if len({plan.steps for plan in plans}) != 1:
             raise UsageError("steps differ between the runs of a fleet; train them apart")
+        for plan, q in zip(plans, batches.q, strict=True):
+            if q != plan.q:
+                raise RefusedError(f"sampler q={q}: the plan is accounted for q={plan.q}")
         self._codes, self._batches, self._plans, self._rng = codes, batches, list(plans), rng
         self._mode, self._ahead = engine, ahead
         self.total = plans[0].steps

@@ -30,6 +30,7 @@ from jaxtyping import Float
 from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dpsynth.checks import UsageError, check_choice, check_positive
 from dpsynth.networks import FleetLinear
@@ -39,6 +40,8 @@ __all__ = ["ENGINES", "FleetOptimizer", "PrivateEngine"]
 
 LossOf = Callable[[], Tensor]
 _Pair = tuple[FleetLinear, Tensor, Tensor]
+# Elements that are worked on at a time where noise is added on a CPU.
+_PIECE = 1 << 15
 _Records = Float[Tensor, "runs batch"]
 
 
@@ -134,6 +137,12 @@ def _draws(x: Tensor) -> Tensor:
     return x.unsqueeze(2) if x.dim() == 3 else x.flatten(2, -2)
 
 
+def _beside(uses: list[Tensor]) -> Tensor:
+    """All uses of a layer as draws, side by side (runs, batch, draws, features)."""
+    shaped = [_draws(x) for x in uses]
+    return shaped[0] if len(shaped) == 1 else torch.cat(shaped, dim=2)
+
+
 def squared_norms(
     a: Float[Tensor, "runs batch draws inputs"], b: Float[Tensor, "runs batch draws outputs"]
 ) -> Float[Tensor, "runs batch"]:
@@ -171,7 +180,8 @@ class _Taps:
     def __init__(self, network: nn.Module) -> None:
         self._layers = [m for m in network.modules() if isinstance(m, FleetLinear)]
         self._inputs: dict[FleetLinear, list[Tensor]] = {layer: [] for layer in self._layers}
-        self._outputs: dict[FleetLinear, list[Tensor]] = {layer: [] for layer in self._layers}
+        # Edges rather than outputs: these are then freed as in any backward pass.
+        self._outputs: dict[FleetLinear, list[GradientEdge]] = {layer: [] for layer in self._layers}
 
     def __enter__(self) -> _Taps:
         self._handles = [layer.register_forward_hook(self._tap) for layer in self._layers]
@@ -184,7 +194,7 @@ class _Taps:
     def _tap(self, layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         assert isinstance(layer, FleetLinear)
         self._inputs[layer].append(args[0].detach())
-        self._outputs[layer].append(out)
+        self._outputs[layer].append(get_gradient_edge(out))
 
     def pairs(self, loss: Tensor) -> list[_Pair]:
         """(layer, inputs, gradients at its outputs) of every layer that was used, each
@@ -194,8 +204,8 @@ class _Taps:
         gradients = iter(torch.autograd.grad(loss.sum(), flat))
         pairs = []
         for layer in used:
-            b = torch.cat([_draws(next(gradients)) for _ in self._outputs[layer]], dim=2)
-            pairs.append((layer, torch.cat([_draws(a) for a in self._inputs[layer]], dim=2), b))
+            b = _beside([next(gradients) for _ in self._outputs[layer]])
+            pairs.append((layer, _beside(self._inputs[layer]), b))
         return pairs
 
 
@@ -351,24 +361,28 @@ class FleetOptimizer(DPOptimizer):
             total = getattr(parameter, "summed_grad", None)
             total = torch.zeros_like(parameter) if total is None else total
             if self._noisy:
-                noise = opened.normal(*parameter.shape[1:], dtype=torch.float64)
-                parameter.grad = self._noisy_mean(total, noise)
+                parameter.grad = self._noisy_mean(total, opened)
             else:
                 parameter.grad = total / _expand(self.batch, total)
             parameter.summed_grad = None  # type: ignore[attr-defined]
         self.original_optimizer.step()
         self.original_optimizer.zero_grad(set_to_none=True)
 
-    def _noisy_mean(self, total: Tensor, noise: Tensor) -> Tensor:
-        """`total` and `noise` (float64, used up), both (runs, ...), to the type of `total`."""
-        grid, scale = _expand(self.grid, total), _expand(self.scale, total)
-        noise.mul_(scale / grid).round_()
-        cells = noise.add_((total * (1 / grid)).round_())
+    def _noisy_mean(self, total: Tensor, opened: FleetRng) -> Tensor:
+        """Sum plus noise over batch (runs, ...), on a CPU in pieces that stay in its cache."""
         mean = torch.empty_like(total)
-        torch.mul(cells, grid / _expand(self.batch, total), out=mean)
+        width = total[0].numel() if total.is_cuda else max(1, _PIECE // len(total))
+        grid = self.grid[:, None]
+        units, cells, share = self.scale[:, None] / grid, 1 / grid, grid / self.batch[:, None]
+        pieces = zip(total.flatten(1).split(width, 1), mean.flatten(1).split(width, 1), strict=True)
+        for part, out in pieces:
+            noise = opened.normal(part.shape[1], dtype=torch.float64)
+            noise.mul_(units).round_().add_((part * cells.to(part.dtype)).round_())
+            torch.mul(noise, share, out=out)
         if self._all_noisy:
             return mean
-        return torch.where(scale > 0, mean, total / _expand(self.batch, total))
+        noisy = _expand(self.scale, total) > 0
+        return torch.where(noisy, mean, total / _expand(self.batch, total))
 
 
 def _grid(bound: float, parameters: int) -> float:

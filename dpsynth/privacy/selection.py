@@ -19,6 +19,8 @@ from dpsynth.randomness import Stream
 
 __all__ = ["Selection", "allowance"]
 
+_LEAST = 2.0**-80
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -71,8 +73,9 @@ class Selection:
         """Draw K by inverting its distribution function."""
         left, k, eta, gamma = float(rng.random()), 1, self.shape, self.gamma
         chance = float(self.pmf(np.ones(1))[0])
-        # What rounding leaves beyond the last term that counts is no more than 2^-50.
-        while left >= chance and chance > 0:
+        # Past the mean the terms fall; what rounding leaves beyond the last that counts is no more
+        # than 2^-50.
+        while left >= chance and (k <= self.mean or chance > _LEAST):
             left -= chance
             chance *= (1 - gamma) * (k + eta) / (k + 1)
             k += 1

@@ -224,12 +224,12 @@ def _interval(releases: Sequence[Release], alone: Sequence[float]) -> float:
     """Grid of a PLD of all `releases`, rounding ε up by less than half a percent.
 
     Connecting the dots inflates the loss's variance by interval²/6 a step; over all steps that
-    variance is about the μ² of as much Gaussian DP.
+    variance is about the μ² of as much Gaussian DP. A power of two, so that groups share grids.
     """
     pairs = zip(releases, alone, strict=True)
     variance = sum(gaussian_mu(epsilon, release.delta) ** 2 for release, epsilon in pairs)
     steps = sum(event.steps for release in releases for event in release.events)
-    return _WIDTH * math.sqrt(variance / steps)
+    return 2.0 ** math.floor(math.log2(_WIDTH * math.sqrt(variance / steps)))
 
 
 def _choices(

@@ -25,9 +25,7 @@ from dpsynth.privacy.accounting import second_opinion
 from dpsynth.privacy.events import Event
 from dpsynth.release.card import stated
 from dpsynth.training.expected import expected_events
-from dpsynth.training.fleet import FAMILIES, Seat
-from dpsynth.training.fleet import _codec_settings as codec_settings
-from dpsynth.training.fleet import _plan as plan_of
+from dpsynth.training.fleet import FAMILIES, Seat, codec_settings, plan_of
 from dpsynth.training.run import SEALED, Run
 from dpsynth.training.select import Choice, selected_events
 

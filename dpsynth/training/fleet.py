@@ -48,8 +48,10 @@ __all__ = [
     "Trained",
     "build",
     "check_seat",
+    "codec_settings",
     "epsilon_for",
     "plain",
+    "plan_of",
     "train_fleet",
 ]
 
@@ -82,7 +84,7 @@ class Recipe:
     privacy: Mapping[str, Any] = field(default_factory=dict)
     codec: Mapping[str, int] = field(default_factory=dict)
     engine: str = "taps"
-    piece: int = 1024
+    piece: int = 2048
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -178,8 +180,8 @@ def check_seat(recipe: Recipe, seat: Seat) -> None:
             f"privacy.unit={recipe.privacy['unit']}: the table does not say who owns a row; read "
             "it with that unit"
         )
-    build(recipe, Layout.of(seat.table.schema, **_codec_settings(recipe)), 1)
-    _plan(recipe, seat, seat.table.schema.expected_rows or 1)
+    build(recipe, Layout.of(seat.table.schema, **codec_settings(recipe)), 1)
+    plan_of(recipe, seat, seat.table.schema.expected_rows or 1)
     _device(recipe)
 
 
@@ -266,15 +268,15 @@ def _measure(recipe: Recipe, seat: Seat, key: int, sink: Callable[[Event], Event
     """Row count (if not declared), codec and marginals, each through a paid mechanism."""
     _check_bounded(seat.table, recipe)
     # Where no row count is public yet the first plan must not depend on the true one.
-    rough = _plan(recipe, seat, seat.table.schema.expected_rows or 1)
+    rough = plan_of(recipe, seat, seat.table.schema.expected_rows or 1)
     ledger = replace(rough.ledger(_noise(rough, seat)), sink=sink)
     for event in rough.spent:
         ledger.pay(event)
     rows = _public_rows(seat, rough, ledger, key)
-    plan = _plan(recipe, seat, rows).calibrate()
-    columns = Codec.measured_columns(seat.table.schema, **_codec_settings(recipe))
+    plan = plan_of(recipe, seat, rows).calibrate()
+    columns = Codec.measured_columns(seat.table.schema, **codec_settings(recipe))
     measurer = Measurer(ledger, plan.mu("codec"), 2 * len(columns), _stream(plan, key, "codec"))
-    codec = Codec.fit(seat.table, measurer, rows=rows, **_codec_settings(recipe))
+    codec = Codec.fit(seat.table, measurer, rows=rows, **codec_settings(recipe))
     codes = codec.encode(seat.table)
     parts = Marginals.tables(codec.layout)
     measurer = Measurer(ledger, plan.mu("marginals"), parts, _stream(plan, key, "marginals"))
@@ -304,11 +306,12 @@ def _stream(plan: PrivacyPlan, key: int, purpose: str) -> Stream:
     return secure_stream(key, purpose) if plan.secure else stream(key, purpose)
 
 
-def _codec_settings(recipe: Recipe) -> dict[str, int]:
+def codec_settings(recipe: Recipe) -> dict[str, int]:
+    """`bins` and `heaps` of a recipe, defaults filled in."""
     return {**_CODEC, **recipe.codec}
 
 
-def _plan(recipe: Recipe, seat: Seat, rows: int) -> PrivacyPlan:
+def plan_of(recipe: Recipe, seat: Seat, rows: int) -> PrivacyPlan:
     """The seat's plan, not yet calibrated: shares that nothing would use go to what is left."""
     family, schema = FAMILIES[recipe.model], seat.table.schema
     settings = dict(recipe.privacy)
@@ -317,7 +320,7 @@ def _plan(recipe: Recipe, seat: Seat, rows: int) -> PrivacyPlan:
         shares["rows"] = 0.0
     elif shares["rows"] <= 0:
         raise UsageError("privacy.shares.rows=0: declare expected_rows in the schema or pay for it")
-    if not Codec.measured_columns(schema, **_codec_settings(recipe)):
+    if not Codec.measured_columns(schema, **codec_settings(recipe)):
         shares["codec"] = 0.0
     if not family.trained:
         settings["steps"] = 0
@@ -342,7 +345,7 @@ def epsilon_for(recipe: Recipe, table: Table, target: Target) -> float:
     rows = table.schema.expected_rows
     if rows is None:
         raise UsageError("privacy.target: needs a public row count; declare expected_rows")
-    return target_epsilon(target, lambda e: _plan(recipe, Seat(table, e), rows).calibrate())
+    return target_epsilon(target, lambda e: plan_of(recipe, Seat(table, e), rows).calibrate())
 
 
 def plain(value: Any) -> Any:

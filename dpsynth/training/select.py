@@ -23,8 +23,7 @@ from dpsynth.randomness import Stream, derive, fresh_key, secure_stream, stream
 from dpsynth.sampling import sample_table
 from dpsynth.schema import Column, Schema
 from dpsynth.training.expected import expected_events
-from dpsynth.training.fleet import Recipe, Seat, Trained, train_fleet
-from dpsynth.training.fleet import _plan as plan_of
+from dpsynth.training.fleet import Recipe, Seat, Trained, plan_of, train_fleet
 
 __all__ = ["Choice", "noisy_error", "pair_error", "select", "selected_events", "trial_epsilon"]
 
@@ -103,6 +102,10 @@ def select(table: Table, choice: Choice, *, seed: int | None = None) -> Trained:
     rows = _public_rows(table.schema)
     epsilon = trial_epsilon(choice, table.schema)
     secure = bool(choice.candidates[0].privacy.get("secure"))
+    if secure and seed is not None:
+        raise UsageError(
+            f"seed={seed} with privacy.secure=true: secure noise has no seed; leave it out"
+        )
     key = fresh_key(secure=secure) if seed is None else derive(seed, "select")
     rng = secure_stream(key, "trials") if secure else stream(key, "trials")
     count = choice.selection.trials(rng)
