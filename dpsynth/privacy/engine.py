@@ -371,7 +371,7 @@ class FleetOptimizer(DPOptimizer):
     def _noisy_mean(self, total: Tensor, opened: FleetRng) -> Tensor:
         """Sum plus noise over batch (runs, ...), on a CPU in pieces that stay in its cache."""
         mean = torch.empty_like(total)
-        width = total[0].numel() if total.is_cuda else max(1, _PIECE // len(total))
+        width = total[0].numel() if total.is_cuda else max(_PIECE // len(total), _PIECE // 4)
         grid = self.grid[:, None]
         units, cells, share = self.scale[:, None] / grid, 1 / grid, grid / self.batch[:, None]
         pieces = zip(total.flatten(1).split(width, 1), mean.flatten(1).split(width, 1), strict=True)
