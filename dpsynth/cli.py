@@ -572,16 +572,17 @@ def _inspect(arguments: list[str]) -> None:
 def _claim(text: str) -> dict[str, Any]:
     """What a ledger allows an attacker who knows everything but one unit."""
     ledger = Ledger.from_json(text)
-    rates = (0.001, 0.01, 0.1)
-    found = 1 - ledger.tradeoff(rates)
+    rates, epsilons = (1e-4, 0.001, 0.01, 0.05, 0.1, 0.2, 0.5), (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
+    found, failing = 1 - ledger.tradeoff(rates), ledger.profile(epsilons)
     return {
         "epsilon": ledger.epsilon,
         "delta": ledger.delta,
         "unit": ledger.unit,
+        "contributions": ledger.contributions,
         "mu": ledger.mu,
         "advantage": ledger.advantage,
         "tpr_at_fpr": {rate: float(tpr) for rate, tpr in zip(rates, found, strict=True)},
-        "delta_at_epsilon": {e: float(ledger.profile([e])[0]) for e in (0.5, 1.0, 2.0, 4.0, 8.0)},
+        "delta_at_epsilon": {e: float(d) for e, d in zip(epsilons, failing, strict=True)},
     }
 
 

@@ -552,7 +552,13 @@ def test_inspect_shows_the_claim(journey: tuple[Path, dict[str, Outcome]]) -> No
     claim = shown["claim"]
     assert 0.99 < claim["epsilon"] <= 1.0 and claim["delta"] == 1e-5
     assert 0 < claim["advantage"] < claim["mu"] < claim["epsilon"]
-    assert all(rate < tpr < 8 * rate for rate, tpr in claim["tpr_at_fpr"].items())
+    found = list(claim["tpr_at_fpr"].values())
+    for rate, tpr in claim["tpr_at_fpr"].items():
+        assert rate < tpr <= rate + claim["advantage"] + 1e-9
+    assert found == sorted(found)
+    failing = list(claim["delta_at_epsilon"].values())
+    assert failing == sorted(failing, reverse=True)
+    assert claim["delta_at_epsilon"][1.0] <= 1e-5
     assert shown["config"]["plan"]["epsilon"] == 1.0
     assert shown["ledger"]["events"][-1]["what"] == "dpsgd:vae"
     assert shown["lineage"]["data"] == "mine"

@@ -583,6 +583,7 @@ def run_facts(run: Run, *, name: str, data: str) -> dict[str, Any]:
         "seed": run.seed,
         "unit": plan.unit,
         "relation": plan.relation,
+        "noise": run.ledger.noise,
         "accountant": "PLD (dp-accounting), cross-checked by PRV (Opacus)",
         "accountant_version": version("dp-accounting"),
         "expected_rows": plan.rows,

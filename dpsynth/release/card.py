@@ -47,6 +47,7 @@ FACTS: Mapping[str, str] = {
     "expected_rows": "the declared, public number of rows; the true one is private",
     "columns": "number of columns",
     "target": "column of the downstream task",
+    "noise": "source of the noise, as the ledger says it",
     "metadata": "where levels and bounds came from",
     "sampler": "how batches were drawn, e.g. Poisson",
     "sample_rate": "q",
@@ -348,8 +349,10 @@ def not_covered(facts: Mapping[str, Any]) -> list[str]:
     if math.isinf(facts["epsilon"]):
         return ["Everything: there is no guarantee.", *_more(facts, "not_covered")]
     unit = (
-        f"A person with more than one {facts['unit']}: the guarantee is for one, and weakens with "
-        "every further one."
+        "A person with more than one record: the guarantee is for one, and weakens with every "
+        "further one."
+        if facts["unit"] == "record"
+        else f"A person under more than one {facts['unit']}: the guarantee is for one of them."
     )
     return [unit, *COVERED_NOT, *_more(facts, "not_covered")]
 
@@ -361,7 +364,8 @@ def noise_origin(facts: Mapping[str, Any]) -> str:
         start = "OS entropy" if seed is None else f"the fixed seed {seed}"
         return f"No privacy noise was drawn. The run's other randomness started from {start}."
     if seed is None:
-        return "Unseeded: the noise was started from OS entropy, and no one can draw it again."
+        source = f" ({facts['noise']})" if facts.get("noise") else ""
+        return f"Unseeded: the noise{source} was started from OS entropy; no one can draw it again."
     return (
         f"**Reproducible noise: not for release.** The noise started from the fixed seed {seed}; "
         "whoever knows or guesses it can subtract the noise, and ε means nothing to them."

@@ -157,7 +157,7 @@ def build(recipe: Recipe, layout: Layout, runs: int) -> Generator:
     try:
         return family(layout, runs, **dict(recipe.options))
     except TypeError as error:
-        reason = str(error).split("__init__() ")[-1]
+        reason = str(error).split("__init__() ")[-1].splitlines()[0]
         raise UsageError(f"model={recipe.model}: {reason}") from error
 
 
