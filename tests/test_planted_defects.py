@@ -978,3 +978,18 @@ def test_weights_that_would_run_code_do_not(tmp_path: Path) -> None:
     assert not mark.exists()
     pickle.loads(harm)
     assert mark.exists()
+
+
+class Watched(Callback):
+    """Logs how well the private rows are fitted, as a validation loop would."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        rows = pl_module._codes[:, :8].long()
+        loss = pl_module.record_loss(rows, pl_module._rng.at("watched"))
+        pl_module.log_dict({"validation_loss": float(loss.mean())})
+
+
+def test_validation_losses_of_private_rows_are_not_logged() -> None:
+    with pytest.raises(RefusedError, match="log 'validation_loss': a figure of private rows"):
+        train_fleet(recipe("vae"), [seat(4.0)], callbacks=[Watched()])
+    train_fleet(recipe("vae"), [seat(math.inf)], callbacks=[Watched()])

@@ -202,6 +202,20 @@ class Generator(lightning.LightningModule, ABC):
         )
         self._codes = self._codes.to(self.device)
 
+    def log(self, name: str, *args: Any, **settings: Any) -> None:
+        """Lightning's own at ε=∞; refused where a plan is private, since what a step, a hook or a
+        callback would log is a figure of private rows that no ledger has paid for.
+
+        Raises:
+            RefusedError: While a run with a finite ε is trained.
+        """
+        if any(plan.private for plan in self._plans):
+            raise RefusedError(
+                f"log {name!r}: a figure of private rows that is not charged; leave it out, or "
+                "train with privacy.epsilon=inf"
+            )
+        super().log(name, *args, **settings)
+
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         """`block` private steps; `batch` carries no data, only how many steps to take at most.
 
