@@ -177,7 +177,7 @@ def test_what_cannot_be_composed_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         together([])
     with pytest.raises(UsageError, match="different units"):
         together([whole("a", 3.0), whole("b", 3.0, unit="person", contributions=2)])
-    monkeypatch.setattr("dpsynth.privacy.together._upper", lambda *_: 0.5)
+    monkeypatch.setattr("dpsynth.privacy.prv.upper", lambda *_, **__: 0.5)
     with pytest.raises(UsageError, match="second accountant"):
         together([whole("a", 3.0), whole("b", 3.0)])
 

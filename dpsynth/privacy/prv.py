@@ -26,6 +26,7 @@ __all__ = [
     "mixture",
     "parts_of",
     "pure",
+    "upper",
 ]
 
 # Half the width of the interval that ε is stated in.
@@ -282,19 +283,39 @@ def epsilon(events: tuple[Event, ...], delta: float, group: int = 1) -> float:
 
     Gaussians, whole or Poisson sampled, go to Opacus' PRV accountant; all else to this file's own.
     """
-    delta -= sum(event.delta for event in events if event.mechanism == "failure")
-    if delta <= 0:
+    rest, smooth = _without_failures(events, delta)
+    mechanisms = {event.mechanism for event in smooth}
+    theirs = mechanisms <= {"gaussian"} or (group == 1 and mechanisms <= _OPACUS)
+    if theirs and smooth and rest > 0:
+        return _opacus(smooth, rest, group)
+    return upper(smooth, rest, group)
+
+
+def upper(events: Sequence[Event], delta: float, group: int = 1, *, error: float = ERROR) -> float:
+    """Upper ε by this file's own composition, the larger of both directions, on a grid as coarse as
+    an interval of ±`error` allows; inf where failures alone exceed δ."""
+    rest, smooth = _without_failures(events, delta)
+    if rest <= 0:
         return math.inf
-    events = tuple(event for event in events if event.mechanism != "failure")
-    if not events:
+    if not smooth:
         return 0.0
-    mechanisms = {event.mechanism for event in events}
-    if mechanisms <= {"gaussian"} or (group == 1 and mechanisms <= _OPACUS):
-        return _opacus(events, delta, group)
-    return max(
-        _upper(parts_of(events, group, added=False), delta),
-        _upper(parts_of(events, group, added=True), delta),
-    )
+    return max(_one_way(smooth, rest, group, error, added=added) for added in (False, True))
+
+
+def _one_way(
+    events: Sequence[Event], delta: float, group: int, error: float, *, added: bool
+) -> float:
+    parts, slack = parts_of(events, group, added=added), _PART * delta
+    count = sum(steps for _, steps in parts)
+    step = error / math.sqrt(count / 2 * math.log(6 / slack))
+    composed = compose(parts, step, slack)
+    return composed.epsilon(delta - composed.slack) + composed.error
+
+
+def _without_failures(events: Sequence[Event], delta: float) -> tuple[float, tuple[Event, ...]]:
+    """What is left of δ, and the events that it is left for."""
+    lost = sum(event.delta for event in events if event.mechanism == "failure")
+    return delta - lost, tuple(event for event in events if event.mechanism != "failure")
 
 
 _OPACUS = {"gaussian", "poisson_gaussian"}
@@ -314,14 +335,6 @@ def _opacus(events: tuple[Event, ...], delta: float, group: int) -> float:
     accountant.history = whole + [(sigma, q, steps) for (sigma, q), steps in rows.items()]
     with np.errstate(divide="ignore"):  # of its own at q = 1, without consequence
         return float(accountant.get_epsilon(delta, eps_error=ERROR))
-
-
-def _upper(parts: Parts, delta: float) -> float:
-    slack = _PART * delta
-    count = sum(steps for _, steps in parts)
-    step = ERROR / math.sqrt(count / 2 * math.log(6 / slack))
-    composed = compose(parts, step, slack)
-    return composed.epsilon(delta - composed.slack) + composed.error
 
 
 def parts_of(events: Sequence[Event], group: int, *, added: bool) -> Parts:

@@ -16,7 +16,7 @@ from scipy.stats import binom
 
 from dpsynth.privacy.events import Event
 
-__all__ = ["epsilon", "profile", "second_epsilon"]
+__all__ = ["epsilon", "profile", "second_epsilon", "success"]
 
 # Both accountants minimise over the same orders: close together where ε is large.
 _ORDERS = np.unique(
@@ -177,15 +177,15 @@ def _repeated(curve: np.ndarray, mean: float, shape: float) -> np.ndarray:
         logs = (a - 1) * (curve - hat[:, None]) + (a - 1) * np.log1p(-1 / a) - np.log(a)
         deltas = np.minimum(1.0, np.exp(np.minimum(logs, 0.0).min(axis=1)))
         return curve + mean * deltas + math.log(mean) / (a - 1)
-    gamma = _success(mean, shape)
+    gamma = success(mean, shape)
     constant = (1 + shape) * float(np.min((1 - 1 / a) * curve - math.log(gamma) / a))
     raised = curve + constant + math.log(mean) / (a - 1)
     # A Rényi divergence grows with its order.
     return np.minimum.accumulate(raised[::-1])[::-1]
 
 
-def _success(mean: float, shape: float) -> float:
-    """γ of the truncated negative binomial of `shape` η with E[K] = `mean`."""
+def success(mean: float, shape: float) -> float:
+    """γ of the truncated negative binomial of `shape` η with E[K] = `mean` (definition 1 there)."""
     if mean == 1:
         return 1.0
 

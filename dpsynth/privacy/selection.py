@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.optimize import brentq
 from scipy.special import gammaln
 
 from dpsynth.checks import UsageError, check_fraction, check_positive
+from dpsynth.privacy import renyi
 from dpsynth.privacy.events import Event
-from dpsynth.privacy.plan import PrivacyPlan, gaussian_mu
+from dpsynth.privacy.plan import PrivacyPlan, gaussian_event, gaussian_mu
 from dpsynth.randomness import Stream
 
 __all__ = ["Selection", "allowance"]
@@ -55,9 +55,7 @@ class Selection:
     @property
     def gamma(self) -> float:
         """γ of the law, in (0, 1]: the smaller, the more trials."""
-        if self.mean == 1:
-            return 1.0
-        return math.exp(float(brentq(lambda g: _mean(g, self.shape) - self.mean, -60.0, -1e-12)))
+        return renyi.success(self.mean, self.shape)
 
     def pmf(self, trials: np.ndarray) -> np.ndarray:
         """P[K = k] at whole numbers k ≥ 1 of any shape."""
@@ -84,7 +82,7 @@ class Selection:
     def score_event(self, epsilon: float, delta: float) -> Event:
         """What scoring one trial of ε costs; σ in units of what one row changes."""
         mu = math.sqrt(self.share) * gaussian_mu(epsilon, delta)
-        return Event("score", "gaussian", sigma=1 / mu)
+        return gaussian_event("score", mu)
 
     def events(
         self, chosen: Sequence[Event], others: Sequence[Sequence[Event]], plan: PrivacyPlan
@@ -104,14 +102,6 @@ class Selection:
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `Selection(**…)` is the inverse."""
         return {"mean": self.mean, "shape": self.shape, "share": self.share}
-
-
-def _mean(log_gamma: float, shape: float) -> float:
-    """E[K] of the truncated negative binomial (definition 1 there)."""
-    gamma = math.exp(log_gamma)
-    if shape == 0:
-        return (1 / gamma - 1) / -log_gamma
-    return shape * (1 - gamma) / (gamma * -math.expm1(shape * log_gamma))
 
 
 def allowance(own: Sequence[Event], others: Sequence[Sequence[Event]]) -> list[Event]:

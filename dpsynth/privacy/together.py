@@ -19,8 +19,6 @@ __all__ = ["Group", "Release", "Together", "together"]
 _ERROR, _COARSE = 0.01, 0.02
 # Grid interval over the standard deviation of one step's loss.
 _WIDTH = 0.2
-# Part of δ that truncation may use up.
-_PART = 1e-4
 
 
 @dataclass(frozen=True)
@@ -281,7 +279,7 @@ def _second(events: Sequence[Event], delta: float, group: int, first: float) -> 
     if chosen:
         second = accounting.second_opinion(events, delta, group=group)
     else:
-        second = _upper(events, delta, group, error)
+        second = prv.upper(events, delta, group, error=error)
     if first == second:  # both infinite
         return second
     above = 0.05 * first if chosen else 2 * error + 0.01 * first
@@ -291,20 +289,3 @@ def _second(events: Sequence[Event], delta: float, group: int, first: float) -> 
             "publish them"
         )
     return second
-
-
-def _upper(events: Sequence[Event], delta: float, group: int, error: float) -> float:
-    """Upper ε by privacy loss random variables on a grid as coarse as ±`error` allows."""
-    rest = delta - sum(event.delta for event in events if event.mechanism == "failure")
-    if rest <= 0:
-        return math.inf
-    smooth = [event for event in events if event.mechanism != "failure"]
-    slack = _PART * rest
-    found = []
-    for added in (False, True):
-        parts = prv.parts_of(smooth, group, added=added)
-        count = sum(steps for _, steps in parts)
-        step = error / math.sqrt(count / 2 * math.log(6 / slack))
-        composed = prv.compose(parts, step, slack)
-        found.append(composed.epsilon(rest - composed.slack) + composed.error)
-    return max(found)
