@@ -329,9 +329,8 @@ def _train(
         if reference is not None:
             rows = bench.attacker
             unknown = replace(rows.schema, expected_rows=None)  # the attacker counts its own rows
-            seats.append(
-                Seat(Table(unknown, rows.frame, rows.units), math.inf, fleet[0].seed, "reference")
-            )
+            known = replace(rows, schema=unknown)
+            seats.append(Seat(known, math.inf, fleet[0].seed, "reference"))
         runs = train_fleet(
             recipe,
             seats,

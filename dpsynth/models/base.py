@@ -209,7 +209,7 @@ class Generator(lightning.LightningModule, ABC):
         Raises:
             RefusedError: While a run with a finite ε is trained.
         """
-        if any(plan.private for plan in self._plans):
+        if any(plan.private for plan in getattr(self, "_plans", ())):
             raise RefusedError(
                 f"log {name!r}: a figure of private rows that is not charged; leave it out, or "
                 "train with privacy.epsilon=inf"
