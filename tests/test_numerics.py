@@ -13,13 +13,8 @@ from torch import Tensor, nn
 
 from dpsynth.checks import UsageError
 from dpsynth.networks import FleetLinear, Mlp
-from dpsynth.privacy.engine import (
-    ENGINES,
-    FleetOptimizer,
-    PrivateEngine,
-    TapClipper,
-    squared_norms,
-)
+from dpsynth.privacy.clipping import ENGINES, TapClipper, squared_norms
+from dpsynth.privacy.engine import FleetOptimizer, PrivateEngine
 from dpsynth.randomness import FleetRng
 
 MODES = list(ENGINES)

@@ -35,7 +35,8 @@ from dpsynth.networks import Mlp
 from dpsynth.privacy import batches as batches_module
 from dpsynth.privacy.accounting import compose_epsilon
 from dpsynth.privacy.batches import PoissonBatches
-from dpsynth.privacy.engine import ENGINES, PrivateEngine, TapClipper
+from dpsynth.privacy.clipping import ENGINES, TapClipper
+from dpsynth.privacy.engine import PrivateEngine
 from dpsynth.privacy.mechanisms import HistogramNoise
 from dpsynth.privacy.plan import PrivacyPlan
 from dpsynth.randomness import FleetRng

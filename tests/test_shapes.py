@@ -5,7 +5,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 from dpsynth.networks import column_log_likelihood
-from dpsynth.privacy.engine import squared_norms
+from dpsynth.privacy.clipping import squared_norms
 
 
 def test_inputs_and_output_gradients_of_a_layer_belong_to_the_same_records():

@@ -25,7 +25,8 @@ from dpsynth.audit.step import (
 from dpsynth.checks import UsageError
 from dpsynth.networks import FleetLinear, Mlp
 from dpsynth.privacy.batches import PoissonBatches
-from dpsynth.privacy.engine import ENGINES, PrivateEngine
+from dpsynth.privacy.clipping import ENGINES
+from dpsynth.privacy.engine import PrivateEngine
 from dpsynth.randomness import FleetRng
 from dpsynth.training.canary import CanaryEngine, StepCanary, WatchedBatches
 from dpsynth.training.fleet import train_fleet

@@ -29,7 +29,7 @@ from dpsynth.data import Table
 from dpsynth.marginals import Marginals
 from dpsynth.models import Diffusion, Gan, Generator, Vae
 from dpsynth.privacy.batches import PoissonBatches
-from dpsynth.privacy.engine import ENGINES
+from dpsynth.privacy.clipping import ENGINES
 from dpsynth.privacy.events import Event
 from dpsynth.privacy.journal import Journal
 from dpsynth.privacy.ledger import Executed, Ledger
