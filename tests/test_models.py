@@ -14,8 +14,6 @@ from torch import Tensor
 from dpsynth.checks import UsageError
 from dpsynth.codec import Layout
 from dpsynth.models import Generator
-from dpsynth.privacy.batches import PoissonBatches
-from dpsynth.privacy.plan import NoPrivacy
 from dpsynth.randomness import FleetRng
 from dpsynth.training.fleet import FAMILIES
 
@@ -425,9 +423,14 @@ def test_no_scores_without_draws(family: str) -> None:
         make_fleet(family, LAYOUT, KEYS).scores(random_codes(LAYOUT, 3, 2), draws(KEYS), draws=0)
 
 
-def test_runs_of_one_fleet_take_the_same_number_of_steps() -> None:
-    plans = [NoPrivacy(10, steps=steps).calibrate() for steps in (3, 4)]
-    model = make_fleet("vae", LAYOUT, KEYS[:2])
-    with pytest.raises(UsageError, match="steps differ"):
-        batches = PoissonBatches([10, 10], [0.5, 0.5])
-        model.bind(random_codes(LAYOUT, 2, 10), batches, plans, FleetRng(KEYS[:2]))
+@pytest.mark.parametrize(
+    ("family", "name"), [("vae", "lr"), ("gan", "lr"), ("gan", "generator_lr")]
+)
+def test_a_rate_is_one_for_all_or_one_each(family: str, name: str) -> None:
+    model = FAMILIES[family](LAYOUT, 2, **{name: [0.1, 0.2]})
+    assert getattr(model, name) == [0.1, 0.2]
+    assert getattr(FAMILIES[family](LAYOUT, 2, **{name: 0.1}), name) == [0.1, 0.1]
+    with pytest.raises(UsageError, match=f"{name}: 3 values for 2 runs"):
+        FAMILIES[family](LAYOUT, 2, **{name: [0.1, 0.2, 0.3]})
+    with pytest.raises(UsageError, match=f"{name}=-1.0"):
+        FAMILIES[family](LAYOUT, 2, **{name: [0.1, -1.0]})

@@ -549,7 +549,7 @@ class OpenEncoder(Vae):
         return part
 
     def configure_optimizers(self) -> Any:
-        encoder = torch.optim.Adam(self.encoder.parameters(), lr=self.lr)
+        encoder = self.adam(self.encoder, self.lr)
         return [*super().configure_optimizers(), encoder]
 
     def record_loss(self, codes: Tensor, rng: FleetRng) -> Tensor:

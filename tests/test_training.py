@@ -31,7 +31,7 @@ from dpsynth.privacy.accounting import second_opinion
 from dpsynth.privacy.batches import PoissonBatches
 from dpsynth.privacy.engine import PrivateEngine
 from dpsynth.privacy.events import Event
-from dpsynth.privacy.ledger import Ledger
+from dpsynth.privacy.ledger import Executed, Ledger
 from dpsynth.privacy.plan import PrivacyPlan
 from dpsynth.randomness import stream
 from dpsynth.sampling import sample_table
@@ -110,6 +110,80 @@ def test_a_shorter_table_in_the_fleet_changes_nothing() -> None:
     assert [run.plan.rows for run in together] == [ROWS, 150]
     for run in together:
         assert_same_run(run, train_fleet(run.recipe, [run.seat])[0])
+
+
+OWN: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {"steps": 7, "batch": 32}),
+    ({"lr": 0.05}, {"steps": 3, "batch": 90, "clip": 0.5}),
+    ({}, {"steps": 0}),
+    ({"lr": 1e-4}, {"steps": 4, "batch": 12, "delta": 1e-6, "shares": {"marginals": 0.6}}),
+]
+
+
+@pytest.mark.parametrize("model", ["vae", "gan", "diffusion"])
+def test_runs_of_different_length_batch_and_rate_are_those_runs_alone(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the batch of one run takes more pieces than that of another."""
+    taken: list[int] = []
+    step = PrivateEngine.step
+    monkeypatch.setattr(
+        PrivateEngine, "step", lambda s, rng, at: (taken.append(at), step(s, rng, at))
+    )
+    recipes = [recipe(model, options=o, privacy=p, piece=48) for o, p in OWN]
+    assert len({made.program() for made in recipes}) == 1
+    seats = [seat(0.5, 1), seat(math.inf, 2), seat(1.0, 3), seat(4.0, 4)]
+    fleet = train_fleet(recipes, seats)
+    assert taken == list(range(7))
+    for made, one, together in zip(recipes, seats, fleet, strict=True):
+        (alone,) = train_fleet(made, [one])
+        assert together.recipe == made
+        assert together.executed == alone.executed == Executed(together.plan.steps)
+        assert int(together.generator.completed) == together.plan.steps
+        assert_same_run(together, alone)
+
+
+class OwnOptimizer(FAMILIES["vae"]):  # type: ignore[misc, name-defined]
+    """Moves by an optimizer that knows nothing of runs."""
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.network.parameters(), lr=self.lr[0])]
+
+
+def test_another_optimizer_moves_runs_of_equal_length_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(fleet_module.FAMILIES, "vae", OwnOptimizer)
+    before, after = (
+        train_fleet(recipe("vae", privacy={"steps": steps}), [seat()])[0] for steps in (0, 3)
+    )
+    left, right = (one.generator.network.state_dict() for one in (before, after))
+    assert any(not torch.equal(left[name], right[name]) for name in left)
+    recipes = [recipe("vae", privacy={"steps": steps}) for steps in (3, 4)]
+    with pytest.raises(UsageError, match="SGD: cannot stop runs one by one"):
+        train_fleet(recipes, [seat(), seat()])
+
+
+def test_a_program_is_what_the_runs_of_a_fleet_must_share() -> None:
+    base = recipe("gan")
+    for options, privacy in OWN:
+        assert recipe("gan", options=options, privacy=privacy).program() == base.program()
+    assert recipe("gan", options={"generator_lr": 0.5}).program() == base.program()
+    others = [
+        recipe("vae"),
+        recipe("gan", options={"latent": 3}),
+        recipe("gan", codec={"bins": 8}),
+        recipe("gan", engine="opacus_ghost"),
+        recipe("gan", piece=7),
+        recipe("gan", privacy={"secure": True}),
+    ]
+    programs = {made.program() for made in [base, *others]}
+    assert len(programs) == len(others) + 1
+    for other in others:
+        with pytest.raises(UsageError, match="train them apart"):
+            train_fleet([base, other], [seat(0.5, None), seat(0.5, None)])
+    with pytest.raises(UsageError, match="recipes=1 and seats=2"):
+        train_fleet([base], [seat(), seat()])
 
 
 @pytest.mark.parametrize("model", MODELS)

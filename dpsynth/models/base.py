@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -9,12 +10,14 @@ from typing import Any, ClassVar
 import lightning
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from dpsynth.checks import RefusedError, UsageError, check_count, check_fraction, check_positive
 from dpsynth.codec import Layout
+from dpsynth.draws import RecordRng
 from dpsynth.marginals import Marginals
+from dpsynth.optimizers import FleetAdam
 from dpsynth.privacy.batches import PoissonBatches
+from dpsynth.privacy.clipping import expand
 from dpsynth.privacy.engine import PrivateEngine
 from dpsynth.privacy.plan import PrivacyPlan
 from dpsynth.randomness import FleetRng
@@ -34,7 +37,8 @@ class Generator(lightning.LightningModule, ABC):
     Args:
         layout: Public shape of encoded rows.
         runs: R.
-        lr: Learning rate, constant and then decayed linearly over the last 30 % of the steps.
+        lr: Learning rate, one for all runs or one each; constant, then decayed linearly over the
+            last 30 % of a run's steps.
         average: Decay of the moving average of weights that is sampled from (post-processing).
         block: Private steps a Lightning `training_step`.
     """
@@ -44,6 +48,8 @@ class Generator(lightning.LightningModule, ABC):
     # Default clipping bound: about the median norm of a record's gradient at the start. Far below
     # it every record is clipped to the same length, which under-weights rare levels.
     clip: ClassVar[float] = 1.0
+    # Settings that the runs of one fleet may have for themselves.
+    own: ClassVar[frozenset[str]] = frozenset({"lr"})
 
     network: nn.Module
     prior_logits: Tensor
@@ -51,20 +57,35 @@ class Generator(lightning.LightningModule, ABC):
     completed: Tensor
 
     def __init__(
-        self, layout: Layout, runs: int, *, lr: float = 1e-3, average: float = 0.99, block: int = 10
+        self,
+        layout: Layout,
+        runs: int,
+        *,
+        lr: float | Sequence[float] = 1e-3,
+        average: float = 0.99,
+        block: int = 10,
     ) -> None:
         super().__init__()
         check_count("runs", runs)
-        check_positive("lr", lr)
         check_fraction("average", average)
         check_count("block", block)
         self.automatic_optimization = False
-        self.layout, self.runs, self.lr, self.decay, self.block = layout, runs, lr, average, block
+        self.layout, self.runs, self.decay, self.block = layout, runs, average, block
+        self.lr = self.per_run("lr", lr)
         groups, width = layout.groups, layout.width
         self.register_buffer("prior_logits", torch.zeros(runs, groups))
         self.register_buffer("given_logits", torch.zeros(runs, groups, width))
         self.register_buffer("completed", torch.zeros(1, dtype=torch.long))
         self.total = 0
+
+    def per_run(self, name: str, value: float | Sequence[float]) -> list[float]:
+        """A positive setting of each run, given for all or one by one (runs,)."""
+        values = [*value] if isinstance(value, Sequence) else [float(value)] * self.runs
+        if len(values) != self.runs:
+            raise UsageError(f"{name}: {len(values)} values for {self.runs} runs; give one each")
+        for one in values:
+            check_positive(name, one)
+        return values
 
     # -- what a family adds ------------------------------------------------------------------
 
@@ -152,7 +173,7 @@ class Generator(lightning.LightningModule, ABC):
         Args:
             codes: Encoded rows (runs, rows, D).
             batches: The sampler; nothing but Poisson sampling fits the accountant.
-            plans: One a run, all with the same number of steps.
+            plans: One a run; a run whose steps are done keeps its weights until all are.
             rng: Keys of the runs.
             engine: How clipped sums are computed.
             ahead: Called with a range of steps before the first of them is taken.
@@ -165,15 +186,13 @@ class Generator(lightning.LightningModule, ABC):
                 f"sampler {type(batches).__name__}: the accountant covers Poisson sampling alone; "
                 "use PoissonBatches"
             )
-        if len({plan.steps for plan in plans}) != 1:
-            raise UsageError("steps differ between the runs of a fleet; train them apart")
         for plan, q in zip(plans, batches.q, strict=True):
             if q != plan.q:
                 raise RefusedError(f"sampler q={q}: the plan is accounted for q={plan.q}")
         self._codes, self._batches, self._plans, self._rng = codes, batches, list(plans), rng
         self._mode, self._ahead = engine, ahead
-        self.total = plans[0].steps
-        self._average = AveragedModel(self.averaged(), multi_avg_fn=self._blend)
+        self.total = max(plan.steps for plan in plans)
+        self._average = copy.deepcopy(self.averaged()).requires_grad_(False)
 
     @property
     def plans(self) -> Sequence[PrivacyPlan]:
@@ -186,21 +205,34 @@ class Generator(lightning.LightningModule, ABC):
         return sum(plan.q * plan.rows for plan in self._plans)
 
     def configure_optimizers(self) -> Any:
-        return [torch.optim.Adam(self.network.parameters(), lr=self.lr, betas=(0.9, 0.99))]
+        return [self.adam(self.network, self.lr, betas=(0.9, 0.99))]
+
+    def adam(self, part: nn.Module, lr: Sequence[float], **settings: Any) -> FleetAdam:
+        """Adam over the weights of `part`, with a learning rate a run (runs,)."""
+        rates = torch.tensor(lr, dtype=self.prior_logits.dtype, device=self.prior_logits.device)
+        return FleetAdam(part.parameters(), rates, **settings)
 
     def on_fit_start(self) -> None:
         optimizers = self.optimizers(use_pl_optimizer=False)
-        private = optimizers[0] if isinstance(optimizers, list) else optimizers
         self._optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         self._engine = PrivateEngine(
             self.network,
-            private,
-            sigma=[plan.noise for plan in self._plans],
+            self._optimizers[0],
+            # A run without steps is never moved; were it, then by noise.
+            sigma=[plan.noise if plan.steps or not plan.private else 1.0 for plan in self._plans],
             bound=[plan.bound for plan in self._plans],
             batch=[plan.q * plan.rows for plan in self._plans],
             mode=self._mode,
         )
         self._codes = self._codes.to(self.device)
+        steps = [plan.steps for plan in self._plans]
+        for optimizer in self._optimizers:
+            if len(set(steps)) > 1 and not isinstance(optimizer, FleetAdam):
+                raise UsageError(
+                    f"optimizer {type(optimizer).__name__}: cannot stop runs one by one; use "
+                    "FleetAdam, or the same number of steps for all runs"
+                )
+        self._steps = torch.tensor(steps, dtype=self.prior_logits.dtype, device=self.device)
 
     def log(self, name: str, *args: Any, **settings: Any) -> None:
         """Lightning's own at ε=∞; refused where a plan is private, since what a step, a hook or a
@@ -230,31 +262,52 @@ class Generator(lightning.LightningModule, ABC):
             self._private_step(step)
 
     def _private_step(self, step: int) -> None:
-        fraction = (self.total - step) / (0.3 * self.total)
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group.setdefault("base_lr", group["lr"]) * min(1.0, fraction)
-        run = torch.arange(self.runs, device=self.device)[:, None]
+        self._schedule(step)
+        active = self._steps.cpu() > step
         for piece, (index, inside) in enumerate(self._batches.draw(self._rng, step)):
-            rows = self._codes[run, index.to(self.device)].long()
-            draws = self._rng.at(f"draws:{piece}", step)
-            counts = inside.to(self.device, self.prior_logits.dtype)
-            self._engine.accumulate(lambda r=rows, d=draws: self.record_loss(r, d), counts)
+            inside = inside & active[:, None]
+            records = inside.sum(1).tolist()
+            draws = RecordRng(self._rng, f"draws:{piece}", step, records, inside.shape[1])
+            self._accumulate(index.to(self.device), inside.to(self.device), draws)
         self._engine.step(self._rng, step)
         self.public_step(self._rng.at("public", step), step)
-        self._average.update_parameters(self.averaged())
+        self._blend(step)
         self.completed += 1
 
-    def _blend(self, averages: Any, current: Any, count: Any) -> None:
-        """EMA with a warm-up, so that the first weights do not linger."""
-        weight = 1 - min(self.decay, (1 + float(count)) / (10 + float(count)))
-        for average, value in zip(averages, current, strict=True):
-            average.lerp_(value, weight)
+    def _accumulate(self, index: Tensor, inside: Tensor, draws: FleetRng) -> None:
+        """Add one piece of a batch, positions and which of them count (runs, width)."""
+        run = torch.arange(self.runs, device=self.device)[:, None]
+        rows = self._codes[run, index].long()
+        counts = inside.to(self.prior_logits.dtype)
+        self._engine.accumulate(lambda: self.record_loss(rows, draws), counts)
+
+    def _schedule(self, step: int) -> None:
+        """Give every optimizer the learning rates of this step; 0 for a run that is done."""
+        left = ((self._steps - step) / (0.3 * self._steps).clamp_min(0.3)).clamp(0, 1)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                rate = group.setdefault("base_lr", group["lr"])
+                if isinstance(rate, Tensor):
+                    group["lr"] = rate.to(self.device) * left
+                else:  # an optimizer of the family's own, whose runs are all equally long
+                    group["lr"] = rate * float(left[0])
+
+    @torch.no_grad()
+    def _blend(self, step: int) -> None:
+        """EMA with a warm-up, so that the first weights do not linger; none of a run that is done.
+
+        The first step's weights are taken whole.
+        """
+        weight = 1 - min(self.decay, (1 + step) / (10 + step)) if step else 1.0
+        share = weight * (self._steps > step).to(self._steps.dtype)
+        pairs = zip(self._average.parameters(), self.averaged().parameters(), strict=True)
+        for average, value in pairs:
+            average.lerp_(value, expand(share, value))
 
     def finish(self) -> None:
         """Sample from the averaged weights from now on, and let go of rows and optimizers."""
         if self.total:
-            self.averaged().load_state_dict(self._average.module.state_dict())
+            self.averaged().load_state_dict(self._average.state_dict())
         for name in (
             "_average",
             "_codes",
@@ -263,6 +316,7 @@ class Generator(lightning.LightningModule, ABC):
             "_rng",
             "_engine",
             "_optimizers",
+            "_steps",
             "_ahead",
         ):
             if hasattr(self, name):

@@ -46,7 +46,7 @@ class Diffusion(Generator):
         *,
         hidden: Sequence[int] = (128, 128),
         draws: int = 4,
-        lr: float = 2e-3,
+        lr: float | Sequence[float] = 2e-3,
         **common: Any,
     ) -> None:
         super().__init__(layout, runs, lr=lr, **common)

@@ -32,12 +32,13 @@ class Gan(Generator):
         ladder: Discriminator steps a generator step.
         public_batch: Rows of one generator step.
         temperature: Of the straight-through Gumbel softmax (Jang et al. 2017).
-        generator_lr: Learning rate of the generator.
+        generator_lr: Learning rate of the generator, one for all runs or one each.
         decay: Weight decay of the discriminator (decoupled), which bounds its scale.
         anchor: Weight of the generator's penalty for drifting from the noisy tables.
     """
 
     family = "gan"
+    own = frozenset({"lr", "generator_lr"})
     clip = 1.0
 
     def __init__(
@@ -51,10 +52,10 @@ class Gan(Generator):
         ladder: int = 2,
         public_batch: int = 512,
         temperature: float = 0.7,
-        generator_lr: float = 2e-3,
+        generator_lr: float | Sequence[float] = 2e-3,
         decay: float = 0.1,
         anchor: float = 10.0,
-        lr: float = 3e-3,
+        lr: float | Sequence[float] = 3e-3,
         **common: Any,
     ) -> None:
         super().__init__(layout, runs, lr=lr, **common)
@@ -62,13 +63,13 @@ class Gan(Generator):
         for name, value in counts.items():
             check_count(name, value)
         check_positive("temperature", temperature)
-        check_positive("generator_lr", generator_lr)
         for name, value in {"decay": decay, "anchor": anchor}.items():
             if value != 0:  # 0 turns either off
                 check_positive(name, value)
         self.latent, self.fakes, self.ladder = latent, fakes, ladder
         self.public_batch, self.temperature = public_batch, temperature
-        self.generator_lr, self.weight_decay = generator_lr, decay
+        self.generator_lr = self.per_run("generator_lr", generator_lr)
+        self.weight_decay = decay
         self.anchor = anchor
         self.network = Mlp(runs, [layout.width, *hidden, 1])
         self.generator = Mlp(runs, [latent + layout.groups, *hidden, layout.width])
@@ -82,12 +83,8 @@ class Gan(Generator):
         return self.generator
 
     def configure_optimizers(self) -> Any:
-        critic = torch.optim.AdamW(
-            self.network.parameters(), lr=self.lr, betas=(0.5, 0.99), weight_decay=self.weight_decay
-        )
-        maker = torch.optim.Adam(
-            self.generator.parameters(), lr=self.generator_lr, betas=(0.5, 0.99)
-        )
+        critic = self.adam(self.network, self.lr, betas=(0.5, 0.99), weight_decay=self.weight_decay)
+        maker = self.adam(self.generator, self.generator_lr, betas=(0.5, 0.99))
         return [critic, maker]
 
     def logits(self, z: Tensor, group: Tensor) -> Tensor:

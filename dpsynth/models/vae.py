@@ -42,7 +42,7 @@ class Vae(Generator):
         latent: int = 16,
         draws: int = 2,
         beta: float = 1.0,
-        lr: float = 2e-3,
+        lr: float | Sequence[float] = 2e-3,
         **common: Any,
     ) -> None:
         super().__init__(layout, runs, lr=lr, **common)

@@ -72,19 +72,22 @@ class Journal:
         """Write that steps `first` to `last - 1` of all runs are about to be taken."""
         if not 0 <= first < last:
             raise UsageError(f"journal: steps {first}..{last} are none")
-        if first > self.executed.steps:
+        if first > self.executed().steps:
             raise UsageError(
-                f"journal: step {first} follows {self.executed.steps}; the steps between are not "
+                f"journal: step {first} follows {self.executed().steps}; the steps between are not "
                 "written, so the checkpoint does not belong to it"
             )
         self._append({"steps": [first, last]})
         self._blocks.append((first, last))
 
-    @property
-    def executed(self) -> Executed:
-        """Steps begun so far, and how many of them twice."""
-        steps = max((last for _, last in self._blocks), default=0)
-        return Executed(steps, sum(last - first for first, last in self._blocks) - steps)
+    def executed(self, planned: int | None = None) -> Executed:
+        """Steps begun so far, and how many of them twice; of a run with `planned` steps, only
+        those, since the fleet may have gone on without it."""
+        blocks = self._blocks
+        if planned is not None:
+            blocks = [(min(first, planned), min(last, planned)) for first, last in blocks]
+        steps = max((last for _, last in blocks), default=0)
+        return Executed(steps, sum(last - first for first, last in blocks) - steps)
 
     def _append(self, row: dict[str, Any]) -> None:
         self._chain = _link(self._chain, row)

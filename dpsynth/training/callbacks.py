@@ -50,7 +50,7 @@ class SpentEpsilon(Callback):
             return
         self._logged = tenth
         plans = {plan.epsilon: plan for plan in generator.plans if plan.private}
-        self.latest = {target: spent(plan, done) for target, plan in plans.items()}
+        self.latest = {target: spent(plan, min(done, plan.steps)) for target, plan in plans.items()}
         record = {f"epsilon/{target:g}": value for target, value in self.latest.items()}
         for logger in trainer.loggers:
             logger.log_metrics({"steps": float(done), **record}, step=done)

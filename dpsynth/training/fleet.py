@@ -1,9 +1,10 @@
-"""Fleet training: R runs (ε × seed × rows) of one recipe, measured and trained as one program."""
+"""Fleet training: R runs (ε × seed × rows × budget × rate), measured and trained as one program."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -67,7 +68,10 @@ FAMILIES: dict[str, type[Generator]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything about a training but ε, seed and rows: runs of one recipe form a fleet.
+    """Everything about a training but ε, seed and rows.
+
+    Runs form a fleet where `program` is the same: each has its own budget, batch, steps, clipping
+    bound and learning rate.
 
     Attributes:
         model: Name of a family.
@@ -108,6 +112,12 @@ class Recipe:
         """The same for equal settings."""
         text = json.dumps(self.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def program(self) -> str:
+        """The same for recipes whose runs can train as one program."""
+        shared = {k: v for k, v in self.options.items() if k not in FAMILIES[self.model].own}
+        privacy = {"secure": True} if self.privacy.get("secure") else {}
+        return replace(self, options=shared, privacy=privacy).digest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,9 +163,21 @@ class _Measured:
 
 def build(recipe: Recipe, layout: Layout, runs: int) -> Generator:
     """An untrained generator of the recipe's family; an unknown option is refused."""
+    return _build([recipe] * runs, layout)
+
+
+def _build(recipes: Sequence[Recipe], layout: Layout) -> Generator:
+    """One run a recipe, all of one program."""
+    recipe = recipes[0]
     family = FAMILIES[recipe.model]
+    usual = inspect.signature(family).parameters
+    own = {
+        name: [one.options.get(name, usual[name].default) for one in recipes]
+        for name in family.own
+        if any(name in one.options for one in recipes)
+    }
     try:
-        return family(layout, runs, **dict(recipe.options))
+        return family(layout, len(recipes), **{**recipe.options, **own})
     except TypeError as error:
         reason = str(error).split("__init__() ")[-1].splitlines()[0]
         raise UsageError(f"model={recipe.model}: {reason}") from error
@@ -186,7 +208,7 @@ def check_seat(recipe: Recipe, seat: Seat) -> None:
 
 
 def train_fleet(
-    recipe: Recipe,
+    recipe: Recipe | Sequence[Recipe],
     seats: Sequence[Seat],
     *,
     state: Path | None = None,
@@ -196,7 +218,7 @@ def train_fleet(
     """Measure, then train all seats as one program.
 
     Args:
-        recipe: What they share.
+        recipe: How to train: one for all, or one a seat of the same `program`.
         seats: One entry a run, all under one schema.
         state: Folder for what a resumed training needs (keys, the journal of what is paid and
             done, the last checkpoint; private, never published). `None` keeps nothing.
@@ -212,45 +234,64 @@ def train_fleet(
     """
     if not seats:
         raise UsageError("seats=0: a fleet needs at least one run")
+    recipes = [recipe] * len(seats) if isinstance(recipe, Recipe) else list(recipe)
+    _check_fleet(recipes, seats)
     _check_callbacks(seats, callbacks)
-    for seat in seats:
-        check_seat(recipe, seat)
-        if _shape(seat) != _shape(seats[0]):
-            raise UsageError("seats have different schemas; train them apart")
-    keys = _keys(recipe, seats, state)
+    keys = _keys(recipes, seats, state)
     journal = Journal(None if state is None else state / "journal.jsonl", keys)
     measured = [
-        _measure(recipe, seat, key, journal.sink(run))
-        for run, (seat, key) in enumerate(zip(seats, keys, strict=True))
+        _measure(one, seat, key, journal.sink(run))
+        for run, (one, seat, key) in enumerate(zip(recipes, seats, keys, strict=True))
     ]
-    generator = build(recipe, measured[0].codec.layout, len(seats))
+    generator = _build(recipes, measured[0].codec.layout)
     secure = measured[0].plan.secure
-    rng = FleetRng(keys, device=_device(recipe), secure=secure)
+    rng = FleetRng(keys, device=_device(recipes[0]), secure=secure)
     generator.reset(FleetRng(keys, secure=secure))
     generator.prepare([m.marginals for m in measured], [m.codec.used for m in measured])
-    if generator.trained and measured[0].plan.steps:
+    if generator.trained and any(m.plan.steps for m in measured):
         for m in measured:
-            m.ledger.pay(m.plan.training_event(f"dpsgd:{recipe.model}"))
-            m.ledger.cross_check()
-            if m.ledger.epsilon > m.plan.epsilon:
-                raise RefusedError(
-                    f"ledger: ε={m.ledger.epsilon:.6g} is above the target {m.plan.epsilon:g}; "
-                    "calibrate again"
-                )
-        _fit(recipe, generator, measured, rng, journal, state, logger, callbacks)
+            _pay_training(m, recipes[0].model)
+        _fit(recipes[0], generator, measured, rng, journal, state, logger, callbacks)
     generator.finish()
     return [
         Trained(
             seat,
-            recipe,
+            one,
             m.plan,
             m.ledger,
             m.codec,
-            _single(recipe, m.codec, generator, run),
-            journal.executed,
+            _single(one, m, generator, run),
+            journal.executed(m.plan.steps),
         )
-        for run, (seat, m) in enumerate(zip(seats, measured, strict=True))
+        for run, (one, seat, m) in enumerate(zip(recipes, seats, measured, strict=True))
     ]
+
+
+def _check_fleet(recipes: Sequence[Recipe], seats: Sequence[Seat]) -> None:
+    """Refuse what cannot train as one program, and what any seat alone would refuse."""
+    if len(recipes) != len(seats):
+        raise UsageError(f"recipes={len(recipes)} and seats={len(seats)}: give one each")
+    for recipe, seat in zip(recipes, seats, strict=True):
+        check_seat(recipe, seat)
+        if recipe.program() != recipes[0].program():
+            raise UsageError(
+                "recipes differ in more than what a run has of its own; train them apart"
+            )
+        if _shape(seat) != _shape(seats[0]):
+            raise UsageError("seats have different schemas; train them apart")
+
+
+def _pay_training(measured: _Measured, model: str) -> None:
+    """Charge all steps of a run before the first of them."""
+    plan, ledger = measured.plan, measured.ledger
+    if not plan.steps:
+        return
+    ledger.pay(plan.training_event(f"dpsgd:{model}"))
+    ledger.cross_check()
+    if ledger.epsilon > plan.epsilon:
+        raise RefusedError(
+            f"ledger: ε={ledger.epsilon:.6g} is above the target {plan.epsilon:g}; calibrate again"
+        )
 
 
 def _check_callbacks(seats: Sequence[Seat], callbacks: Sequence[Callback]) -> None:
@@ -376,7 +417,7 @@ def _shape(seat: Seat) -> tuple[Any, ...]:
     return seat.table.schema.columns, seat.table.schema.target
 
 
-def _keys(recipe: Recipe, seats: Sequence[Seat], state: Path | None) -> list[int]:
+def _keys(recipes: Sequence[Recipe], seats: Sequence[Seat], state: Path | None) -> list[int]:
     """One 128-bit key a seat: from its seed, or from entropy kept in `state` until it is done.
 
     A seed gives every recipe and ε noise of its own: two runs that shared a draw at different
@@ -385,30 +426,33 @@ def _keys(recipe: Recipe, seats: Sequence[Seat], state: Path | None) -> list[int
     held = None if state is None else state / "keys"
     if held is not None and held.is_file():
         name, *lines = held.read_text().split()
-        if name != _identity(recipe, seats):
+        if name != _identity(recipes, seats):
             raise UsageError(f"state {str(state)!r}: belongs to another fleet; remove it")
         return [int(line) for line in lines]
     keys = [
         fresh_key(secure=bool(recipe.privacy.get("secure")))
         if seat.seed is None
         else derive(seat.seed, _purpose(recipe, seat))
-        for seat in seats
+        for recipe, seat in zip(recipes, seats, strict=True)
     ]
     if held is not None:
         held.parent.mkdir(parents=True, exist_ok=True)
         partial = held.with_suffix(".partial")
         partial.touch(mode=0o600)
-        partial.write_text("\n".join([_identity(recipe, seats), *map(str, keys)]))
+        partial.write_text("\n".join([_identity(recipes, seats), *map(str, keys)]))
         partial.replace(held)
     return keys
 
 
-def _identity(recipe: Recipe, seats: Sequence[Seat]) -> str:
+def _identity(recipes: Sequence[Recipe], seats: Sequence[Seat]) -> str:
     """Name of a fleet with its rows: a checkpoint of one must never go on as another, or its noise
     would pay for rows or budgets that no ledger has seen."""
     tables = {id(seat.table): seat.table for seat in seats}
     rows = {key: table.digest() for key, table in tables.items()}
-    parts = [f"{_purpose(recipe, s)}/{s.seed}/{rows[id(s.table)]}" for s in seats]
+    parts = [
+        f"{_purpose(recipe, seat)}/{seat.seed}/{rows[id(seat.table)]}"
+        for recipe, seat in zip(recipes, seats, strict=True)
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -504,11 +548,12 @@ def _stack(codes: Sequence[Tensor]) -> Tensor:
     return torch.stack(padded).to(torch.int16)
 
 
-def _single(recipe: Recipe, codec: Codec, fleet: Generator, run: int) -> Generator:
+def _single(recipe: Recipe, measured: _Measured, fleet: Generator, run: int) -> Generator:
     """One run of the fleet as a fleet of one."""
-    generator = build(recipe, codec.layout, 1)
+    generator = build(recipe, measured.codec.layout, 1)
+    done = fleet.completed.cpu().clamp(max=measured.plan.steps)
     state = {
-        name: value if name == "completed" else value[run : run + 1].cpu().clone()
+        name: done if name == "completed" else value[run : run + 1].cpu().clone()
         for name, value in fleet.state_dict().items()
     }
     generator.load_state_dict(state)
