@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -11,10 +12,19 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dpsynth.checks import check_count
+from dpsynth.checks import UsageError, check_count
 from dpsynth.randomness import FleetRng
 
-__all__ = ["FleetLinear", "Mlp", "column_log_likelihood", "sample_columns"]
+__all__ = [
+    "FleetEmbedding",
+    "FleetGroupNorm",
+    "FleetLayerNorm",
+    "FleetLinear",
+    "FleetRMSNorm",
+    "Mlp",
+    "column_log_likelihood",
+    "sample_columns",
+]
 
 
 class FleetLinear(nn.Module):
@@ -41,6 +51,114 @@ class FleetLinear(nn.Module):
         flat = x.flatten(1, -2)
         out = torch.baddbmm(self.bias[:, None, :], flat, self.weight)
         return out.unflatten(1, x.shape[1:-1])
+
+
+class FleetEmbedding(nn.Module):
+    """Row `code` of a table, for R runs: weight (runs, levels, width).
+
+    Codes are (runs, batch, [draws,]) integers in [0, levels); several columns can share one table
+    when their codes are shifted apart. Initialised by `reset`.
+    """
+
+    def __init__(self, runs: int, levels: int, width: int) -> None:
+        super().__init__()
+        check_count("levels", levels)
+        check_count("width", width)
+        self.weight = nn.Parameter(torch.zeros(runs, levels, width))
+
+    def reset(self, rng: FleetRng) -> None:
+        """Entries N(0, 1)."""
+        with torch.no_grad():
+            self.weight.copy_(rng.normal(*self.weight.shape[1:]).to(self.weight))
+
+    def forward(
+        self, codes: Int[Tensor, "runs batch *draws"]
+    ) -> Float[Tensor, "runs batch *draws width"]:
+        # Not `F.embedding` on all tables end to end: a code that is too large would be another
+        # run's, where `gather` raises.
+        rows = codes.flatten(1)[..., None].expand(-1, -1, self.weight.shape[2])
+        return self.weight.gather(1, rows).unflatten(1, codes.shape[1:])
+
+
+class _FleetNorm(nn.Module, ABC):
+    """y = normalize(x) · weight [+ bias]: weight and bias (runs, features), 1 and 0 at first.
+
+    Every record's every draw is normalised over its own features only. Inputs are
+    (runs, batch, [draws,] features).
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, runs: int, features: int, *, bias: bool, eps: float) -> None:
+        super().__init__()
+        check_count("features", features)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(runs, features))
+        self.bias = nn.Parameter(torch.zeros(runs, features)) if bias else None
+
+    def reset(self, rng: FleetRng) -> None:
+        """Weights 1, bias 0; nothing is drawn."""
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @abstractmethod
+    def normalize(
+        self, x: Float[Tensor, "runs *rows features"]
+    ) -> Float[Tensor, "runs *rows features"]:
+        """What weight and bias are applied to."""
+
+    def forward(
+        self, x: Float[Tensor, "runs *rows features"]
+    ) -> Float[Tensor, "runs *rows features"]:
+        shape = (len(self.weight), *(1,) * (x.dim() - 2), -1)
+        scaled = self.normalize(x) * self.weight.reshape(shape)
+        return scaled if self.bias is None else scaled + self.bias.reshape(shape)
+
+
+class FleetLayerNorm(_FleetNorm):
+    """Mean 0 and variance 1 over the features, then weight and bias (Ba et al. 2016)."""
+
+    def __init__(self, runs: int, features: int, *, eps: float = 1e-5) -> None:
+        super().__init__(runs, features, bias=True, eps=eps)
+
+    def normalize(
+        self, x: Float[Tensor, "runs *rows features"]
+    ) -> Float[Tensor, "runs *rows features"]:
+        """(x - mean) / √(variance + eps)."""
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps)
+
+
+class FleetRMSNorm(_FleetNorm):
+    """Mean square 1 over the features, then a weight and no bias (Zhang & Sennrich 2019)."""
+
+    def __init__(self, runs: int, features: int, *, eps: float = 1e-5) -> None:
+        super().__init__(runs, features, bias=False, eps=eps)
+
+    def normalize(
+        self, x: Float[Tensor, "runs *rows features"]
+    ) -> Float[Tensor, "runs *rows features"]:
+        """x / √(mean square + eps)."""
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
+
+
+class FleetGroupNorm(_FleetNorm):
+    """As `FleetLayerNorm`, over each of `groups` blocks of neighbouring features by itself
+    (Wu & He 2018)."""
+
+    def __init__(self, runs: int, features: int, groups: int, *, eps: float = 1e-5) -> None:
+        super().__init__(runs, features, bias=True, eps=eps)
+        check_count("groups", groups)
+        if features % groups:
+            raise UsageError(f"groups={groups}: must divide features={features}")
+        self.groups = groups
+
+    def normalize(
+        self, x: Float[Tensor, "runs *rows features"]
+    ) -> Float[Tensor, "runs *rows features"]:
+        """(x - mean) / √(variance + eps) of each group."""
+        blocks = x.unflatten(-1, (self.groups, -1))
+        return F.layer_norm(blocks, blocks.shape[-1:], eps=self.eps).flatten(-2)
 
 
 class Mlp(nn.Module):

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from oracles import chi_square
 from torch import Tensor
 
-from dpsynth.networks import FleetLinear, Mlp, column_log_likelihood, sample_columns
+from dpsynth.checks import UsageError
+from dpsynth.networks import (
+    FleetEmbedding,
+    FleetGroupNorm,
+    FleetLayerNorm,
+    FleetLinear,
+    FleetRMSNorm,
+    Mlp,
+    column_log_likelihood,
+    sample_columns,
+)
 from dpsynth.randomness import FleetRng
 
 LEVELS = (3, 1, 5, 2)
@@ -56,6 +66,88 @@ def test_initial_weights_have_the_scale_of_their_inputs(inputs: int, fan: int | 
         assert scale == pytest.approx(1, abs=4 / math.sqrt(2 * inputs * 150))
     both = torch.corrcoef(layer.weight.detach().flatten(1))[0, 1]
     assert abs(both) < 4 / math.sqrt(inputs * 150)
+
+
+@settings(max_examples=30)
+@given(st.tuples(*(st.integers(1, 4) for _ in range(4))), st.lists(st.integers(1, 3), max_size=2))
+def test_embedding_is_a_row_of_each_runs_table(shape: tuple[int, ...], draws: list[int]) -> None:
+    runs, batch, levels, width = shape
+    layer, rng = FleetEmbedding(runs, levels, width).double(), fleet_rng(*range(runs))
+    layer.reset(rng.at("table"))
+    codes = (rng.at("codes").uniform(batch, *draws) * levels).long()
+    found = layer(codes)
+    assert found.shape == (runs, batch, *draws, width)
+    for place in np.ndindex(*codes.shape):
+        assert torch.equal(found[place], layer.weight[place[0], codes[place]])
+
+
+@pytest.mark.parametrize("code", [-1, 5])
+def test_a_code_outside_the_table_is_no_other_runs(code: int) -> None:
+    codes = torch.zeros(2, 3, dtype=torch.long)
+    codes[0, 1] = code
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        FleetEmbedding(2, 5, 4)(codes)
+
+
+def test_tables_start_as_standard_normal_draws_of_their_run() -> None:
+    layer = FleetEmbedding(2, 300, 100)
+    layer.reset(FleetRng([1, 2]).at("table"))
+    assert layer.weight.std().item() == pytest.approx(1, abs=0.02)
+    both = torch.corrcoef(layer.weight.detach().flatten(1))[0, 1]
+    assert abs(both) < 4 / math.sqrt(300 * 100)
+
+
+NORMS = {
+    "layer": (lambda runs: FleetLayerNorm(runs, 6), 6, True),
+    "rms": (lambda runs: FleetRMSNorm(runs, 6), 6, False),
+    "group": (lambda runs: FleetGroupNorm(runs, 6, 2), 3, True),
+}
+
+
+@pytest.mark.parametrize("draws", [(), (3,), (3, 2)])
+@pytest.mark.parametrize("kind", NORMS)
+def test_norms_are_their_formula_on_each_record(kind: str, draws: tuple[int, ...]) -> None:
+    """Over the features of one draw of one record, then each run's own weight and bias."""
+    make, block, centred = NORMS[kind]
+    layer, rng = make(2).double(), fleet_rng(1, 2).at("x")
+    for parameter in layer.parameters():
+        parameter.data = rng.normal(6)
+    x = rng.normal(4, *draws, 6) * 3 + 1
+    found = layer(x)
+    assert found.shape == x.shape
+    for place in np.ndindex(*x.shape[:-1]):
+        for start in range(0, 6, block):
+            cut = slice(start, start + block)
+            part = x[place][cut]
+            part = part - part.mean() if centred else part
+            expected = part / (part.square().mean() + 1e-5).sqrt() * layer.weight[place[0], cut]
+            expected = expected + layer.bias[place[0], cut] if centred else expected
+            torch.testing.assert_close(found[place][cut], expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_norms_start_as_the_normalised_input(kind: str) -> None:
+    layer, rng = NORMS[kind][0](2).double(), fleet_rng(1, 2).at("x")
+    x = rng.normal(4, 6)
+    assert torch.equal(layer(x), layer.normalize(x))
+    for parameter in layer.parameters():
+        parameter.data = rng.normal(6)
+    assert not torch.equal(layer(x), layer.normalize(x))
+    layer.reset(rng)
+    assert torch.equal(layer(x), layer.normalize(x))
+    assert len(list(layer.parameters())) == (1 if kind == "rms" else 2)
+
+
+def test_sizes_that_make_no_layer_are_refused() -> None:
+    for make, part in (
+        (lambda: FleetEmbedding(1, 0, 2), "levels=0"),
+        (lambda: FleetEmbedding(1, 2, 0), "width=0"),
+        (lambda: FleetLayerNorm(1, 0), "features=0"),
+        (lambda: FleetGroupNorm(1, 6, 0), "groups=0"),
+        (lambda: FleetGroupNorm(1, 6, 4), "groups=4: must divide features=6"),
+    ):
+        with pytest.raises(UsageError, match=part):
+            make()
 
 
 def test_mlp_is_its_formula() -> None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from dpsynth.checks import UsageError
 from dpsynth.networks import FleetLinear, Mlp
-from dpsynth.privacy.clipping import ENGINES, TapClipper, squared_norms
+from dpsynth.privacy.clipping import ENGINES, TapClipper
 from dpsynth.privacy.engine import FleetOptimizer, PrivateEngine
+from dpsynth.privacy.layers import squared_norms
 from dpsynth.randomness import FleetRng
 
 MODES = list(ENGINES)

@@ -5,7 +5,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 from dpsynth.networks import column_log_likelihood
-from dpsynth.privacy.clipping import squared_norms
+from dpsynth.privacy.layers import embedding_squared_norms, squared_norms
 
 
 def test_inputs_and_output_gradients_of_a_layer_belong_to_the_same_records():
@@ -15,6 +15,14 @@ def test_inputs_and_output_gradients_of_a_layer_belong_to_the_same_records():
         squared_norms(a, b[:, :4])
     with pytest.raises(TypeCheckError):
         squared_norms(a[0], b[0])
+
+
+def test_codes_and_output_gradients_of_a_table_belong_to_the_same_draws():
+    codes, b = torch.zeros(2, 5, 3, dtype=torch.long), torch.ones(2, 5, 3, 6)
+    assert embedding_squared_norms(codes, b).shape == (2, 5)
+    for left, right in ((codes[:, :, :2], b), (codes.float(), b), (codes, b[..., 0])):
+        with pytest.raises(TypeCheckError):
+            embedding_squared_norms(left, right)
 
 
 def test_level_numbers_are_integers():
