@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,10 +17,9 @@ from sklearn.neighbors import NearestNeighbors
 from dpsynth.audit.neighbours import Features, distances
 from dpsynth.randomness import stream
 
-OWN, SCIKIT, BLOCKED = "dpsynth", "scikit-learn", "torch.cdist"
+OWN, COARSE, BLOCKED = "dpsynth", "dpsynth, TF32", "torch.cdist"
+SCIKIT, AUTO = "scikit-learn", "scikit-learn, auto"
 METRICS = {1: "manhattan", 2: "euclidean"}
-# Whether the audit's search can be told where to compute.
-PLACED = "device" in inspect.signature(distances).parameters
 
 
 @dataclass(frozen=True)
@@ -90,24 +88,35 @@ def variants(case: Case, device: str) -> dict[str, Step]:
     queries, keys = features(case, case.queries, "queries"), features(case, case.keys, "keys")
     left, right = dense(queries, case.power), dense(keys, case.power)
     few = left[:: 1000 if device == "cuda" else 1]
-    place: dict[str, Any] = {"device": device} if PLACED else {}
-    search = NearestNeighbors(
-        n_neighbors=1, algorithm="brute", metric=METRICS[case.power], n_jobs=1
-    ).fit(right)
-    scikit = SCIKIT if len(few) == len(left) else f"{SCIKIT}, {len(few)} queries"
-    return {
-        OWN: lambda: distances(queries, keys, power=case.power, **place),
-        scikit: lambda: search.kneighbors(few),
-        BLOCKED: lambda: blocked(left, right, case.power, device),
+    told = "" if len(few) == len(left) else f", {len(few)} queries"
+    steps: dict[str, Step] = {
+        OWN: lambda: distances(queries, keys, power=case.power, device=device)
     }
+    if device == "cuda":
+        steps[COARSE] = lambda: _coarse(steps[OWN])
+    for name, algorithm in ((SCIKIT, "brute"), (AUTO, "auto")):
+        search = NearestNeighbors(
+            n_neighbors=1, algorithm=algorithm, metric=METRICS[case.power], n_jobs=1
+        ).fit(right)
+        steps[name + told] = lambda search=search: search.kneighbors(few)
+    return steps | {BLOCKED: lambda: blocked(left, right, case.power, device)}
+
+
+def _coarse(step: Step) -> object:
+    """A step with products that the GPU may round to TF32 first."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        return step()
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def worst(case: Case, device: str, sample: int) -> float:
     """Largest error of the audit's search over some of the queries."""
     queries, keys = features(case, case.queries, "queries"), features(case, case.keys, "keys")
     few = Features(queries.numbers[:sample], queries.codes[:sample], queries.levels)
-    place: dict[str, Any] = {"device": device} if PLACED else {}
-    found = distances(few, keys, power=case.power, **place)[:, 0]
+    found = distances(few, keys, power=case.power, device=device)[:, 0]
     return float(np.abs(found - exact(few, keys, case.power)).max())
 
 
@@ -115,8 +124,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark; returns what `--json` writes."""
     chosen = arguments(parser(str(__doc__).splitlines()[0]), argv)
     rounds = chosen.rounds or (2 if chosen.quick else 3)
-    # Until the audit's search knows devices, it is measured where it runs.
-    device = chosen.device if PLACED else "cpu"
+    device = chosen.device
     cases = QUICK if chosen.quick else CASES[device]
     results, targets, errors = [], [], []
     for case in cases:
@@ -135,7 +143,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         chosen,
         results,
         sizes=sizes,
-        searched_on=device,
         errors=errors,
         targets=targets,
     )

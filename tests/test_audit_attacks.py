@@ -50,6 +50,18 @@ def test_scores_are_finite_aligned_and_repeatable(name: str) -> None:
     np.testing.assert_allclose(moved, first[order])
 
 
+@pytest.mark.parametrize("name", ["nn_ratio_quantile", "nn_ratio_range", "dcr"])
+def test_neighbours_are_searched_on_the_device_asked_for(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidates, synthetic, reference = parts([20, 30, 30], 0)
+    rng = np.random.default_rng(7)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UsageError, match="device=cuda: no GPU"):
+        ATTACKS[name](candidates, synthetic, reference, rng, device="cuda")
+    assert len(ATTACKS[name](candidates, synthetic, reference, rng, device="auto")) == 20
+
+
 @pytest.mark.parametrize("name", [n for n in ATTACKS if n.startswith("nn_")])
 def test_a_copy_is_recognised(name: str) -> None:
     members, holdout, reference = parts([400, 400, 400], 1)

@@ -11,7 +11,15 @@ import pytest
 from scipy import stats
 
 from dpsynth.audit import ATTACKS, AttackResult, Audit, Ceiling, audit
-from dpsynth.audit.membership import auc, auc_interval, clopper_pearson, null_band, tpr_at
+from dpsynth.audit.membership import (
+    auc,
+    auc_interval,
+    auc_intervals,
+    aucs,
+    clopper_pearson,
+    null_band,
+    tpr_at,
+)
 from dpsynth.baselines import controls
 from dpsynth.checks import UsageError
 from dpsynth.data import Table
@@ -81,6 +89,25 @@ def test_interval_where_delong_says_nothing() -> None:
     assert auc_interval(ones, zeros) == (1.0, pytest.approx(0.025 ** (1 / 100)), 1.0)
     assert auc_interval(zeros, ones) == (0.0, 0.0, pytest.approx(1 - 0.025 ** (1 / 100)))
     assert auc_interval(zeros, zeros) == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_a_matrix_of_scores_is_measured_as_its_rows() -> None:
+    """Ties, rows that part all pairs either way, and equal scores, all in one matrix."""
+    rng = np.random.default_rng(6)
+    members, holdout = rng.integers(0, 9, (7, 40)) * 1.0, rng.integers(0, 8, (7, 30)) * 1.0
+    members[1] += 20
+    members[2] -= 20
+    members[3] = holdout[3, 0]
+    holdout[3] = holdout[3, 0]
+    rows = list(zip(members, holdout, strict=True))
+    pairs = members[:, :, None] - holdout[:, None]
+    wins = (pairs > 0) + (pairs == 0) / 2
+    np.testing.assert_allclose(aucs(members, holdout), wins.mean(axis=(1, 2)), atol=1e-15)
+    np.testing.assert_array_equal(aucs(members, holdout), [auc(*row) for row in rows])
+    found = auc_intervals(members, holdout)
+    np.testing.assert_array_equal(found, [auc_interval(*row) for row in rows])
+    assert found[1].tolist() == [1, pytest.approx(0.025 ** (1 / 30)), 1]
+    assert found[2].tolist() == [0, 0, pytest.approx(1 - 0.025 ** (1 / 30))]
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 9), (9, 9), (3, 10), (70, 700)])
@@ -200,7 +227,7 @@ def test_a_diagnostic_is_never_the_strongest(monkeypatch: pytest.MonkeyPatch) ->
     parts = split(100, 4)
     oracle = {tuple(row): 1.0 for row in parts["members"].frame[["x0", "x1"]].to_numpy()}
 
-    def knows(candidates: Table, *_: object) -> np.ndarray:
+    def knows(candidates: Table, *_: object, **__: object) -> np.ndarray:
         rows = candidates.frame[["x0", "x1"]].to_numpy()
         return np.array([oracle.get(tuple(row), 0.0) for row in rows])
 
@@ -325,6 +352,10 @@ def test_refuses_scores() -> None:
         auc(some[:0], some)
     with pytest.raises(UsageError, match="one number a row"):
         auc(some, some[:, None])
+    with pytest.raises(UsageError, match="as many sets of them as of members, 2"):
+        aucs(np.ones((2, 3)), np.ones((3, 3)))
+    with pytest.raises(UsageError, match="holdout scores have shape"):
+        auc_intervals(np.ones((2, 3)), np.ones(3))
     with pytest.raises(UsageError, match="1 are not finite"):
         auc(some, np.array([1.0, math.inf]))
     with pytest.raises(UsageError, match="at least 2"):
@@ -365,6 +396,19 @@ def test_refuses_parts_that_do_not_fit() -> None:
         run(synthetic, {**parts, "holdout": parts["holdout"].take(np.arange(7))})
     with pytest.raises(UsageError, match="max_candidates=15"):
         run(synthetic, parts, max_candidates=15)
+
+
+def test_device_changes_no_score_and_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, synthetic = split(60, 7), simulated(60, np.random.default_rng(5))
+    first, scores = run(synthetic, parts)
+    again, others = run(synthetic, parts, device="auto")
+    pd.testing.assert_frame_equal(scores, others)
+    assert first.strongest == again.strongest
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UsageError, match="device=cuda: no GPU"):
+        run(synthetic, parts, device="cuda")
+    with pytest.raises(UsageError, match="device=tpu: unknown"):
+        run(synthetic, parts, device="tpu")
 
 
 def test_refuses_white_box_scores() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-NAMES = ("step", "fleet", "sampler", "scaling", "neighbours")
+NAMES = ("step", "fleet", "sampler", "scaling", "neighbours", "histograms")
 
 
 @pytest.fixture(autouse=True)
@@ -207,5 +207,16 @@ def test_all_searches_find_the_same_distances(number):
     truth = bench.exact(queries, keys, case.power)
     steps = bench.variants(case, "cpu")
     np.testing.assert_allclose(steps[bench.OWN]()[:, 0], truth, atol=1e-12)
-    np.testing.assert_allclose(steps[bench.SCIKIT]()[0][:, 0], truth, rtol=1e-6)
+    for name in (bench.SCIKIT, bench.AUTO):
+        np.testing.assert_allclose(steps[name]()[0][:, 0], truth, rtol=1e-6)
     np.testing.assert_allclose(steps[bench.BLOCKED](), truth, atol=1e-3)
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_all_counts_are_equal(number):
+    bench = load("bench_histograms")
+    case = bench.QUICK[number]
+    assert bench.differing(case, "cpu") == 0
+    own, *others = (step() for step in bench.variants(case, "cpu").values())
+    for other in others:
+        np.testing.assert_array_equal([counts[0] for counts in own], other)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy.stats import contingency, ks_2samp, pearsonr, wasserstein_distance
 
 from dpsynth.checks import UsageError
@@ -177,6 +178,34 @@ def test_distances_grow_with_the_shift_and_stay_in_range() -> None:
     near, far = (fidelity(real, make(800, 1, shift=s), rng=rng()) for s in (3, 30))
     assert all(near[name] < far[name] for name in near)
     assert all(0 <= value <= 1 for name, value in far.items() if name != "correlation_difference")
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "auto",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+        ),
+    ],
+)
+def test_the_device_changes_no_figure(device: str) -> None:
+    real, other = make(400, 0), make(300, 1, shift=8)
+    assert fidelity(real, other, rng=rng(), device=device) == fidelity(real, other, rng=rng())
+    assert column_detail(real, other, device=device) == column_detail(real, other)
+    np.testing.assert_array_equal(associations(real, device=device), associations(real))
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    real = make(50, 0)
+    for judge in (
+        lambda **o: fidelity(real, real, rng=rng(), **o),
+        lambda **o: column_detail(real, real, **o),
+        lambda **o: associations(real, **o),
+    ):
+        with pytest.raises(UsageError, match="device=cuda: no GPU"):
+            judge(device="cuda")
 
 
 def wide(width: int, seed: int) -> Table:

@@ -68,6 +68,18 @@ def test_same_seed_same_report_and_given_floors_change_nothing_else(report: Repo
     assert [shared[name] for name in unseeded] == [report.floors[name] for name in unseeded]
 
 
+def test_the_device_changes_no_figure_and_must_be_there(
+    report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = evaluate(SYNTHETIC, train=TRAIN, holdout=HOLDOUT, rng=rng(), device="auto")
+    assert found == report
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UsageError, match="device=cuda: no GPU"):
+        evaluate(SYNTHETIC, train=TRAIN, holdout=HOLDOUT, rng=rng(), device="cuda")
+    with pytest.raises(UsageError, match="device=gpu: unknown"):
+        floors(TRAIN, HOLDOUT, rng=rng(), device="gpu")
+
+
 def test_the_floor_is_the_score_of_real_rows() -> None:
     found = floors(TRAIN, HOLDOUT, rng=rng())
     as_distance = evaluate(HOLDOUT, train=TRAIN, holdout=HOLDOUT, rng=rng(), floors=found)

@@ -1,14 +1,15 @@
 """Membership attacks that see synthetic rows only: one function an attack, higher = more "member".
 
-Every attack is `(candidates, synthetic, reference, rng) -> scores (rows,)`; the reference rows are
-what the attacker knows of the population and hold neither members nor holdout rows.
+Every attack is `(candidates, synthetic, reference, rng, *, device) -> scores (rows,)`. The
+reference rows are what the attacker knows of the population and hold neither members nor holdout
+rows; the device is where neighbours are searched, and changes no score.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from sklearn.ensemble import HistGradientBoostingClassifier
@@ -29,7 +30,20 @@ __all__ = [
     "nn_ratio_range",
 ]
 
-Attack = Callable[[Table, Table, Table, np.random.Generator], np.ndarray]
+
+class Attack(Protocol):
+    """What every attack is called with, and gives."""
+
+    def __call__(
+        self,
+        candidates: Table,
+        synthetic: Table,
+        reference: Table,
+        rng: np.random.Generator,
+        *,
+        device: str = "cpu",
+    ) -> np.ndarray: ...
+
 
 # Added to distances before the logarithm: far below any distance between two different rows.
 FLOOR = 1e-9
@@ -39,23 +53,38 @@ FOLDS = 5
 
 
 def nn_ratio_quantile(
-    candidates: Table, synthetic: Table, reference: Table, rng: np.random.Generator
+    candidates: Table,
+    synthetic: Table,
+    reference: Table,
+    rng: np.random.Generator,
+    *,
+    device: str = "cpu",
 ) -> np.ndarray:
     """log d₁(x, Ref) − log d₁(x, Syn) in L1 over reference quantiles: (rows,) scores."""
     measure = quantile_map(reference)
-    return _log_ratio(candidates, synthetic, reference, rng, measure, power=1)
+    return _log_ratio(candidates, synthetic, reference, rng, measure, power=1, device=device)
 
 
 def nn_ratio_range(
-    candidates: Table, synthetic: Table, reference: Table, rng: np.random.Generator
+    candidates: Table,
+    synthetic: Table,
+    reference: Table,
+    rng: np.random.Generator,
+    *,
+    device: str = "cpu",
 ) -> np.ndarray:
     """log d₁(x, Ref) − log d₁(x, Syn) in L2 over declared ranges: (rows,) scores."""
     measure = range_map(reference.schema)
-    return _log_ratio(candidates, synthetic, reference, rng, measure, power=2)
+    return _log_ratio(candidates, synthetic, reference, rng, measure, power=2, device=device)
 
 
 def discriminator(
-    candidates: Table, synthetic: Table, reference: Table, rng: np.random.Generator
+    candidates: Table,
+    synthetic: Table,
+    reference: Table,
+    rng: np.random.Generator,
+    *,
+    device: str = "cpu",
 ) -> np.ndarray:
     """Log odds that a row is synthetic and not reference, by boosted trees: (rows,) scores.
 
@@ -71,7 +100,12 @@ def discriminator(
 
 
 def dcr(
-    candidates: Table, synthetic: Table, reference: Table, rng: np.random.Generator
+    candidates: Table,
+    synthetic: Table,
+    reference: Table,
+    rng: np.random.Generator,
+    *,
+    device: str = "cpu",
 ) -> np.ndarray:
     """Minus the distance to the closest synthetic record: (rows,) scores.
 
@@ -79,7 +113,7 @@ def dcr(
     membership (Yao et al. 2025).
     """
     measure = quantile_map(reference)
-    return -distances(measure(candidates), measure(synthetic))[:, 0]
+    return -distances(measure(candidates), measure(synthetic), device=device)[:, 0]
 
 
 ATTACKS: Mapping[str, Attack] = MappingProxyType(
@@ -127,6 +161,7 @@ def _log_ratio(
     measure: Callable[[Table], Features],
     *,
     power: int,
+    device: str,
 ) -> np.ndarray:
     """The ratio with |Ref| cut to |Syn| where it is larger.
 
@@ -135,8 +170,10 @@ def _log_ratio(
     """
     rows = measure(candidates)
     known = measure(_sample(reference, min(len(synthetic), len(reference)), rng))
-    to_reference = distances(rows, known, power=power)[:, 0]
-    to_synthetic = distances(rows, measure(synthetic), power=power)[:, 0]
+    to_reference, to_synthetic = (
+        distances(rows, keys, power=power, device=device)[:, 0]
+        for keys in (known, measure(synthetic))
+    )
     return np.log(to_reference + FLOOR) - np.log(to_synthetic + FLOOR)
 
 

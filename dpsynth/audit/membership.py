@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -14,6 +14,7 @@ from scipy import special, stats
 
 from dpsynth.audit.attacks import ATTACKS, DIAGNOSTICS, blind
 from dpsynth.audit.ceiling import Ceiling
+from dpsynth.audit.neighbours import resolve
 from dpsynth.checks import UsageError, check_count, check_fraction
 from dpsynth.data import Table
 
@@ -24,6 +25,8 @@ __all__ = [
     "WhiteBox",
     "auc",
     "auc_interval",
+    "auc_intervals",
+    "aucs",
     "audit",
     "clopper_pearson",
     "null_band",
@@ -41,8 +44,13 @@ ENOUGH = 10_000
 
 def auc(members: np.ndarray, holdout: np.ndarray) -> float:
     """P(member score > holdout score) + P(equal)/2 over all pairs of (n₁,) and (n₀,) scores."""
+    return float(aucs(*_one_row(members, holdout))[0])
+
+
+def aucs(members: np.ndarray, holdout: np.ndarray) -> np.ndarray:
+    """`auc` of each row of (scores, n₁) and (scores, n₀): float64 (scores,)."""
     wins, _ = _placements(members, holdout)
-    return float(wins.mean())
+    return wins.mean(axis=1)
 
 
 def auc_interval(members: np.ndarray, holdout: np.ndarray) -> tuple[float, float, float]:
@@ -57,33 +65,52 @@ def auc_interval(members: np.ndarray, holdout: np.ndarray) -> tuple[float, float
     Raises:
         UsageError: On fewer than two scores a side, or a score that is not finite.
     """
+    area, low, high = auc_intervals(*_one_row(members, holdout))[0].tolist()
+    return area, low, high
+
+
+def auc_intervals(members: np.ndarray, holdout: np.ndarray) -> np.ndarray:
+    """`auc_interval` of each row of (scores, n₁) and (scores, n₀): float64 (scores, 3)."""
     wins, losses = _placements(members, holdout)
-    area = float(wins.mean())
-    least = min(len(wins), len(losses))
+    ones, zeros = wins.shape[1], losses.shape[1]
+    least = min(ones, zeros)
     if least < 2:
         raise UsageError(f"{least} scores on one side: an interval needs at least 2 of each")
-    if area in (0.0, 1.0):
-        low, high = clopper_pearson(round(area * least), least)
-        return area, low, high
-    error = math.sqrt(wins.var(ddof=1) / len(wins) + losses.var(ddof=1) / len(losses))
-    reach = Z95 * error / (area * (1 - area))
-    centre = special.logit(area)
-    low, high = special.expit([centre - reach, centre + reach])
+    area = wins.mean(axis=1)
+    parted = (area == 0) | (area == 1)
+    error = np.sqrt(wins.var(axis=1, ddof=1) / ones + losses.var(axis=1, ddof=1) / zeros)
+    reach = Z95 * error / np.where(parted, 1.0, area * (1 - area))
+    centre = special.logit(np.where(parted, 0.5, area))
     # Where all scores are equal the error is 0, and rounding must not push an end past the area.
-    return area, min(float(low), area), max(float(high), area)
+    low = np.minimum(special.expit(centre - reach), area)
+    high = np.maximum(special.expit(centre + reach), area)
+    for row in np.flatnonzero(parted):
+        low[row], high[row] = clopper_pearson(round(area[row] * least), least)
+    return np.stack([area, low, high], axis=1)
+
+
+def _one_row(members: np.ndarray, holdout: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    for name, scores in (("member", members), ("holdout", holdout)):
+        if scores.ndim != 1:
+            raise UsageError(f"{name} scores have shape {scores.shape}; give one number a row")
+    return members[None], holdout[None]
 
 
 def _placements(members: np.ndarray, holdout: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Share of holdout scores below each member (n₁,), and of members above each holdout (n₀,)."""
+    """Of each row of scores: the share of holdout scores below each member (scores, n₁), and of
+    members above each holdout (scores, n₀)."""
     for name, scores in (("member", members), ("holdout", holdout)):
-        if scores.ndim != 1 or not len(scores):
-            raise UsageError(f"{name} scores have shape {scores.shape}; give one number a row")
+        if scores.ndim != 2 or not scores.shape[1] or len(scores) != len(members):
+            raise UsageError(
+                f"{name} scores have shape {scores.shape}; give one number a row, and as many "
+                f"sets of them as of members, {len(members)}"
+            )
         if not np.isfinite(scores).all():
             raise UsageError(f"{name} scores: {(~np.isfinite(scores)).sum()} are not finite")
-    count, others = len(members), len(holdout)
-    together = stats.rankdata(np.concatenate([members, holdout]))
-    wins = (together[:count] - stats.rankdata(members)) / others
-    losses = 1 - (together[count:] - stats.rankdata(holdout)) / count
+    count, others = members.shape[1], holdout.shape[1]
+    together = stats.rankdata(np.concatenate([members, holdout], axis=1), axis=1)
+    wins = (together[:, :count] - stats.rankdata(members, axis=1)) / others
+    losses = 1 - (together[:, count:] - stats.rankdata(holdout, axis=1)) / count
     return wins, losses
 
 
@@ -288,6 +315,7 @@ def audit(
     ceiling: Ceiling,
     max_candidates: int,
     rng: np.random.Generator,
+    device: str = "cpu",
 ) -> tuple[Audit, pd.DataFrame]:
     """Attack one synthetic table by everything in `ATTACKS` and by `white_box` scores.
 
@@ -304,14 +332,17 @@ def audit(
         ceiling: The ceiling of this very run.
         max_candidates: Most candidates, members and holdout together.
         rng: Randomness of the subsets, halves and attacks.
+        device: Where neighbours are searched: `cpu`, `cuda`, or `auto`; same scores.
 
     Returns:
         The audit, and a frame with one row a candidate: `member` (bool) and one column an attack.
 
     Raises:
-        UsageError: On tables under different schemas, parts that share a row, too few rows, or
-            white-box scores of the wrong length, an attack's name, or not finite.
+        UsageError: On tables under different schemas, parts that share a row, too few rows,
+            white-box scores of the wrong length, an attack's name, or not finite, or a device
+            that is not there.
     """
+    resolve(device)
     _check_parts(synthetic, members, holdout, reference)
     white_box = white_box or {}
     _check_white_box(white_box, len(members), len(holdout))
@@ -324,7 +355,7 @@ def audit(
         )
     ins, outs = (rng.permutation(len(part))[:size] for part in (members, holdout))
     inside, outside = members.take(ins), holdout.take(outs)
-    scores = _scores(inside, outside, synthetic, reference, rng)
+    scores = _scores(inside, outside, synthetic, reference, rng, device)
     scores |= {name: (pair[0][ins], pair[1][outs]) for name, pair in white_box.items()}
     blind_auc = auc(*blind(inside, outside, rng))
     result = _conclude(scores, blind_auc, ceiling, rng)
@@ -337,13 +368,18 @@ Scores = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def _scores(
-    inside: Table, outside: Table, synthetic: Table, reference: Table, rng: np.random.Generator
+    inside: Table,
+    outside: Table,
+    synthetic: Table,
+    reference: Table,
+    rng: np.random.Generator,
+    device: str,
 ) -> Scores:
     both = pd.concat([inside.frame, outside.frame], ignore_index=True)
     candidates = Table(inside.schema, both)
     scores: Scores = {}
     for name, attack in ATTACKS.items():
-        values = attack(candidates, synthetic, reference, rng)
+        values = attack(candidates, synthetic, reference, rng, device=device)
         scores[name] = (values[: len(inside)], values[len(inside) :])
     return scores
 
@@ -353,17 +389,17 @@ def _conclude(
 ) -> Audit:
     """Measure all attacks on all candidates; choose on one half, report on the other."""
     size = len(next(iter(scores.values()))[0])
-    attacks = tuple(_measure(name, pair, rng)[0] for name, pair in scores.items())
+    attacks = _measure(scores, rng)
     inner, outer = rng.permutation(size), rng.permutation(size)
     choosing = (inner[: size // 2], outer[: size // 2])
     reporting = (inner[size // 2 :], outer[size // 2 :])
     eligible = [name for name in scores if name not in DIAGNOSTICS]
-    halves = {name: _pick(scores[name], choosing) for name in eligible}
-    best = max(eligible, key=lambda name: auc(*halves[name]))
-    strongest, points = _measure(best, _pick(scores[best], reporting), rng)
+    halves = [_pick(scores[name], choosing) for name in eligible]
+    best = eligible[int(aucs(*_stack(halves)).argmax())]
+    ((strongest, points),) = _measure({best: _pick(scores[best], reporting)}, rng)
     low, high = null_band(size - size // 2, size - size // 2)
     return Audit(
-        attacks=attacks,
+        attacks=tuple(result for result, _ in attacks),
         strongest=strongest,
         blind_auc=blind_auc,
         null_low=low,
@@ -384,25 +420,35 @@ def _pick(
     return pair[0][rows[0]], pair[1][rows[1]]
 
 
+def _stack(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Matrices (attacks, members) and (attacks, holdout)."""
+    members, holdout = zip(*pairs, strict=True)
+    return np.stack(members), np.stack(holdout)
+
+
 def _measure(
-    name: str, pair: tuple[np.ndarray, np.ndarray], rng: np.random.Generator
-) -> tuple[AttackResult, tuple[TprPoint, TprPoint]]:
-    area, low, high = auc_interval(*pair)
-    ten, one = tpr_at(*pair, 0.1, rng), tpr_at(*pair, 0.01, rng)
-    result = AttackResult(
-        name=name,
-        diagnostic=name in DIAGNOSTICS,
-        auc=area,
-        auc_low=low,
-        auc_high=high,
-        tpr10=ten.tpr,
-        tpr10_low=ten.low,
-        tpr10_high=ten.high,
-        tpr1=one.tpr,
-        tpr1_low=one.low,
-        tpr1_high=one.high,
-    )
-    return result, (ten, one)
+    scores: Scores, rng: np.random.Generator
+) -> list[tuple[AttackResult, tuple[TprPoint, TprPoint]]]:
+    """Result and TPR at 10 % and 1 % FPR of each attack."""
+    found = []
+    intervals = auc_intervals(*_stack(scores.values())).tolist()
+    for (name, pair), (area, low, high) in zip(scores.items(), intervals, strict=True):
+        ten, one = tpr_at(*pair, 0.1, rng), tpr_at(*pair, 0.01, rng)
+        result = AttackResult(
+            name=name,
+            diagnostic=name in DIAGNOSTICS,
+            auc=area,
+            auc_low=low,
+            auc_high=high,
+            tpr10=ten.tpr,
+            tpr10_low=ten.low,
+            tpr10_high=ten.high,
+            tpr1=one.tpr,
+            tpr1_low=one.low,
+            tpr1_high=one.high,
+        )
+        found.append((result, (ten, one)))
+    return found
 
 
 def _violates(strongest: AttackResult, points: tuple[TprPoint, TprPoint], ceiling: Ceiling) -> bool:

@@ -132,6 +132,7 @@ def evaluate(
     max_rows: int | None = None,
     floors: Mapping[str, float] | None = None,
     triples_seed: int = 0,
+    device: str = "cpu",
 ) -> Report:
     """Judge a synthetic table.
 
@@ -147,20 +148,22 @@ def evaluate(
         max_rows: Cap on the rows a classifier learns from; distances always use all rows.
         floors: Result of `floors` on the same tables, target and `max_rows`; computed if absent.
         triples_seed: Which column triples `tvd3` looks at; figures of one seed are comparable.
+        device: Where contingency tables are counted: `cpu`, `cuda`, or `auto`; same figures.
 
     Raises:
         UsageError: When the tables' columns differ, one has fewer than two rows, the target is
-            unknown or constant in `holdout`, or `floors` are those of another task.
+            unknown or constant in `holdout`, `floors` are those of another task, or the device
+            is not there.
     """
     check_comparable(train, holdout, synthetic)
     target = target or train.schema.target
     score_rng, floor_rng = rng.spawn(2)
     if floors is None:
         floors, _ = _score(
-            holdout, train, train, holdout, target, floor_rng, max_rows, triples_seed
+            holdout, train, train, holdout, target, floor_rng, max_rows, triples_seed, device
         )
     metrics, per_class = _score(
-        synthetic, synthetic, train, holdout, target, score_rng, max_rows, triples_seed
+        synthetic, synthetic, train, holdout, target, score_rng, max_rows, triples_seed, device
     )
     notes = [NOT_PRIVATE]
     if not any(column.numeric for column in train.schema.columns):
@@ -174,7 +177,7 @@ def evaluate(
         per_class=per_class,
         rows={name: len(table) for name, table in zip(ROWS, tables, strict=True)},
         notes=tuple(notes),
-        columns=column_detail(train, synthetic),
+        columns=column_detail(train, synthetic, device=device),
     )
 
 
@@ -186,6 +189,7 @@ def floors(
     rng: np.random.Generator,
     max_rows: int | None = None,
     triples_seed: int = 0,
+    device: str = "cpu",
 ) -> dict[str, float]:
     """What real rows reach, by the keys of `Report.metrics`; computed once for a whole sweep.
 
@@ -196,7 +200,7 @@ def floors(
     """
     check_comparable(train, holdout)
     target = target or train.schema.target
-    return _score(holdout, train, train, holdout, target, rng, max_rows, triples_seed)[0]
+    return _score(holdout, train, train, holdout, target, rng, max_rows, triples_seed, device)[0]
 
 
 def _score(
@@ -208,10 +212,11 @@ def _score(
     rng: np.random.Generator,
     max_rows: int | None,
     triples_seed: int,
+    device: str,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Distances of `distant` from `train`; `judged` detected against, and tested on, `holdout`."""
     # Not `rng`: reports and their floors are comparable only over the same triples.
-    metrics = fidelity(train, distant, rng=np.random.default_rng(triples_seed))
+    metrics = fidelity(train, distant, rng=np.random.default_rng(triples_seed), device=device)
     detect_rng, learn_rng = rng.spawn(2)
     metrics["c2st_auc"] = c2st(holdout, judged, rng=detect_rng, max_rows=max_rows)
     if target is None:
