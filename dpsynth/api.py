@@ -17,7 +17,8 @@ from dpsynth.evaluation import Report
 from dpsynth.randomness import fresh_key, stream
 from dpsynth.schema import Schema
 from dpsynth.training.callbacks import default_callbacks
-from dpsynth.training.fleet import Recipe, Seat, train_fleet
+from dpsynth.training.fleet import train_fleet
+from dpsynth.training.recipe import Recipe, Seat
 from dpsynth.training.run import Run
 
 __all__ = ["evaluate", "fit", "load"]
@@ -77,10 +78,12 @@ def evaluate(
     target: str | None = None,
     seed: int = 0,
     max_rows: int | None = None,
+    device: str = "auto",
 ) -> Report:
     """Judge a synthetic table against the rows it was made from and rows it was not made from.
 
-    Tables are given as in `fit`; without a schema one is drafted from all three.
+    Tables are given as in `fit`; without a schema one is drafted from all three. `device` is where
+    they are compared; the figures are the same.
     """
     parts = (train, holdout, synthetic)
     if schema is None:
@@ -90,7 +93,13 @@ def evaluate(
     real, held, made = (_table(part, schema) for part in parts)
     rng = np.random.default_rng(seed)
     return evaluation.evaluate(
-        made, train=real, holdout=held, target=target, rng=rng, max_rows=max_rows
+        made,
+        train=real,
+        holdout=held,
+        target=target,
+        rng=rng,
+        max_rows=max_rows,
+        device=device,
     )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
-import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -28,9 +28,10 @@ from rich.table import Table as Grid
 
 from dpsynth import datasets
 from dpsynth.artifacts import read_folder
-from dpsynth.checks import RefusedError, UsageError, check_choice, check_count
+from dpsynth.checks import RefusedError, UsageError, check_choice, check_count, check_positive
 from dpsynth.data import Split, Table, read_frame, write_frame
 from dpsynth.evaluation import Report, evaluate
+from dpsynth.frontier.jobs import Job, train_jobs
 from dpsynth.frontier.plot import write_frontier
 from dpsynth.frontier.results import releases
 from dpsynth.frontier.sweep import (
@@ -44,6 +45,7 @@ from dpsynth.frontier.sweep import (
     run_sweep,
     unit_name,
 )
+from dpsynth.launcher import register
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.metadata import Budget, measure, spent_epsilon
 from dpsynth.privacy.selection import Selection
@@ -53,7 +55,7 @@ from dpsynth.randomness import fresh_key, secure_stream, stream
 from dpsynth.release.card import card
 from dpsynth.release.verify import verify
 from dpsynth.schema import Schema
-from dpsynth.training.fleet import Recipe, epsilon_for
+from dpsynth.training.recipe import Recipe, epsilon_for
 from dpsynth.training.release import check_release
 from dpsynth.training.run import Run
 from dpsynth.training.select import Choice, select
@@ -63,7 +65,7 @@ __all__ = ["main", "point_of", "split_of"]
 USAGE = """dpsynth: synthetic tables under differential privacy, and the evidence of what they leak
 
   dpsynth train    KEY=VALUE ...      one run, judged              dpsynth train privacy.epsilon=1
-  dpsynth sweep    KEY=V1,V2 ...      a grid, a fleet a family     dpsynth sweep +experiment=demo
+  dpsynth sweep    KEY=V1,V2 ...      a grid, as fleets            dpsynth sweep +experiment=demo
   dpsynth frontier SWEEP              figures and data of a sweep
   dpsynth sample   RUN --rows N       a table from a run
   dpsynth evaluate RUN|TABLE --real R --holdout H
@@ -78,6 +80,14 @@ USAGE = """dpsynth: synthetic tables under differential privacy, and the evidenc
 _HERE = Path(__file__).resolve().parent
 # In a wheel conf/ lies in the package, in a checkout beside it.
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"
+
+# Settings of a recipe that stand under `training`.
+_TRAINING = frozenset(Recipe.__dataclass_fields__) - {"model", "options", "privacy", "codec"}
+# What the runs of a sweep cannot differ in.
+SHARED = (
+    *("data", "evaluation", "audit", "logger"),
+    *("release", "private_report", "training.memory"),
+)
 
 console = Console(highlight=False)
 
@@ -217,14 +227,18 @@ def point_of(cfg: DictConfig, members: Table | None = None, variant: str = "") -
     # What says nothing beyond the default is left out, so that a recipe has one spelling.
     privacy = {k: v for k, v in privacy.items() if k not in usual or v != usual[k]}
     for name in plain["training"]:
-        check_choice("training setting", name, ("engine", "piece", "device"))
+        check_choice("training setting", name, {*_TRAINING, "memory"})
+    training = {name: value for name, value in plain["training"].items() if name != "memory"}
+    if "precision" in training:
+        training["precision"] = str(training["precision"])  # a number to whoever types 32
     recipe = Recipe(
         plain["model"]["name"],
         plain["model"]["options"],
         privacy,
         plain["codec"],
-        **plain["training"],
+        **training,
     )
+    memory_of(cfg)
     if seed is not None:
         check_count("seed", seed, least=0)
     epsilon = _epsilon(recipe, given, target, members)
@@ -252,6 +266,16 @@ def _number(name: str, value: object) -> float:
         return float(cast(str, value))
     except (TypeError, ValueError):
         raise UsageError(f"{name}={value}: must be a number") from None
+
+
+def memory_of(cfg: DictConfig) -> float | None:
+    """GiB that fleets may fill; `None` for most of what is free."""
+    memory = OmegaConf.select(cfg, "training.memory")
+    if memory is None:
+        return None
+    number = _number("training.memory", memory)
+    check_positive("training.memory", number)
+    return number
 
 
 def split_of(cfg: DictConfig) -> Split:
@@ -299,6 +323,7 @@ def judging_of(cfg: DictConfig) -> Judging:
         cfg.audit.draws,
         cfg.audit.reference_model,
         cfg.audit.seed,
+        cfg.training.device,
         apart=bool(cfg.private_report or cfg.release),
     )
 
@@ -350,37 +375,29 @@ def _train(arguments: list[str]) -> None:
 
 def _train_one(cfg: DictConfig, folder: Path | None) -> None:
     """Train and judge one point in a workspace, then move its run to where it was asked for."""
-    split = split_of(cfg)
+    job = _job_of(cfg, split_of(cfg), folder)
+    (fault,) = train_jobs([job], job.out.with_name(f".{job.out.name}.work"), console)
+    if fault is not None:
+        raise fault
+    _say_where(job)
+
+
+def _job_of(cfg: DictConfig, split: Split, folder: Path | None) -> Job:
     point = point_of(cfg, split.members)
-    out = Path(cfg.out) if cfg.out else (folder or Path("runs") / point.name)
-    kept = out.with_name(f"{out.name}.private")
-    for path in (out, kept):
-        if path.exists():
-            raise UsageError(f"out={str(path)!r}: exists already; choose another or remove it")
-    judging, loggers = judging_of(cfg), logger_of(cfg)
-    work = out.with_name(f".{out.name}.work")
-    begun, logs = work.exists(), out.parent / "logs"
-    try:
-        run_sweep(
-            [point],
-            split,
-            work,
-            data=cfg.data.name,
-            judging=judging,
-            console=console,
-            logger=lambda _: loggers(logs / out.name),
-            with_controls=False,
-        )
-    except UsageError:
-        if not begun:  # else it may hold hours of work that this command has no say in
-            shutil.rmtree(work, ignore_errors=True)
-        raise
-    if judging.apart:
-        (work / "private" / point.name).rename(kept)
-    (work / "runs" / point.name).rename(out)
-    shutil.rmtree(work)
-    page = f"figures: {kept}" if judging.apart else f"page: {out / 'report.html'}"
-    console.print(f"run: {out}   {page}", soft_wrap=True)
+    return Job(
+        point,
+        split,
+        judging_of(cfg),
+        data=cfg.data.name,
+        out=Path(cfg.out) if cfg.out else (folder or Path("runs") / point.name),
+        logger=logger_of(cfg),
+        memory=memory_of(cfg),
+    )
+
+
+def _say_where(job: Job) -> None:
+    page = f"figures: {job.kept}" if job.judging.apart else f"page: {job.out / 'report.html'}"
+    console.print(f"run: {job.out}   {page}", soft_wrap=True)
 
 
 def _sweep(arguments: list[str]) -> None:
@@ -388,11 +405,11 @@ def _sweep(arguments: list[str]) -> None:
         return _help_keys()
     grid = expand(arguments)
     configs = [cfg for cfg, _ in grid]
-    shared = ("data", "evaluation", "audit", "logger", "out", "release", "private_report")
+    shared = (*SHARED, "out")
     first = configs[0]
     for cfg in configs:
         for key in shared:
-            if cfg[key] != first[key]:
+            if OmegaConf.select(cfg, key) != OmegaConf.select(first, key):
                 raise UsageError(f"{key}: must be the same for a whole sweep; sweep them apart")
     split = split_of(first)
     points = [point_of(cfg, split.members, variant) for cfg, variant in grid]
@@ -407,6 +424,7 @@ def _sweep(arguments: list[str]) -> None:
         console=console,
         logger=logger_of(first),
         with_controls=first.audit.controls,
+        memory=memory_of(first),
     )
     if not table.empty:
         _draw(table, out, _figures(out), "tvd2")
@@ -639,7 +657,7 @@ def _measure(options: argparse.Namespace) -> None:
         # Before any of the budget is spent.
         why = "exists, and measuring again spends again" if out.exists() else "has no folder"
         raise UsageError(f"out={str(out)!r}: {why}; choose another")
-    rng = secure_stream(fresh_key(secure=True), "metadata")
+    rng = secure_stream(fresh_key(), "metadata")
     noise = "aes256-ctr:system"
     if seed is not None:
         check_count("seed", seed, least=0)
@@ -665,18 +683,76 @@ def _measure(options: argparse.Namespace) -> None:
     )
 
 
-def _multirun(arguments: list[str]) -> None:
-    """`python -m dpsynth -m …`: Hydra's own launcher and sweeper, one run a job."""
+class _Jobs:
+    """What Hydra runs: one job, or all that `FleetLauncher` has collected."""
 
-    def job(cfg: DictConfig) -> None:
+    def __init__(self) -> None:
+        self.debug = bool(os.environ.get("HYDRA_FULL_ERROR"))
+        self.splits: dict[str, Split] = {}
+
+    def __call__(self, cfg: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir) / "run"
-        code = _guarded(lambda: _train_one(cfg, folder), bool(os.environ.get("HYDRA_FULL_ERROR")))
+        code = _guarded(lambda: _train_one(cfg, folder), self.debug)
         if code:
             sys.exit(code)
 
+    def together(
+        self, jobs: Sequence[Callable[[], tuple[DictConfig, Path]]], sweep: Path
+    ) -> list[int]:
+        """Train jobs of one table and one way of judging as fleets; an exit code each."""
+        codes = [0] * len(jobs)
+        groups: dict[str, dict[int, Job]] = {}
+        for place, asked in enumerate(jobs):
+            codes[place] = self._try(lambda a=asked, p=place: self._join(groups, p, *a()))
+        for name, group in groups.items():
+            work = sweep / f".fleets-{name}.work"
+            faults: list[Exception | None] = []
+            code = self._try(
+                lambda g=group, w=work, f=faults: f.extend(train_jobs([*g.values()], w, console))
+            )
+            found = faults or [None] * len(group)
+            for (place, job), fault in zip(group.items(), found, strict=True):
+                codes[place] = code or self._try(lambda j=job, f=fault: _settle(j, f))
+        return codes
+
+    def _try(self, work: Callable[[], None]) -> int:
+        """Exit code of `work`; Ctrl-C ends everything."""
+        code = _guarded(work, self.debug)
+        if code == 130:
+            sys.exit(code)
+        return code
+
+    def _join(
+        self, groups: dict[str, dict[int, Job]], place: int, cfg: DictConfig, folder: Path
+    ) -> None:
+        """Put a job to those it can share a workspace with; the same point twice goes apart."""
+        parts = (*SHARED, "privacy.unit", "privacy.contributions")
+        shared = {part: OmegaConf.select(cfg, part) for part in parts}
+        text = OmegaConf.to_yaml(OmegaConf.create(shared), sort_keys=True)
+        name = hashlib.sha256(text.encode()).hexdigest()[:8]
+        if name not in self.splits:
+            self.splits[name] = split_of(cfg)
+        job = _job_of(cfg, self.splits[name], folder / "run")
+        group = f"{name}-{sum(_has(g, job) for k, g in groups.items() if k.startswith(name))}"
+        groups.setdefault(group, {})[place] = job
+
+
+def _has(group: Mapping[int, Job], job: Job) -> bool:
+    return any(other.point.name == job.point.name for other in group.values())
+
+
+def _settle(job: Job, fault: Exception | None) -> None:
+    if fault is not None:
+        raise fault
+    _say_where(job)
+
+
+def _multirun(arguments: list[str]) -> None:
+    """`python -m dpsynth -m …`: Hydra's own sweepers; the launcher trains the jobs as fleets."""
+    register()
     saved = sys.argv
     sys.argv = [saved[0], *arguments]
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(_Jobs())()
     finally:
         sys.argv = saved

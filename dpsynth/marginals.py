@@ -36,7 +36,7 @@ class Marginals:
     @classmethod
     def measure(
         cls,
-        codes: Tensor,
+        codes: Tensor | Sequence[Tensor],
         layout: Layout,
         used: Tensor,
         measurer: Measurer,
@@ -45,21 +45,19 @@ class Marginals:
         """Count, add noise, and project to distributions (post-processing).
 
         Args:
-            codes: Private encoded rows (rows, columns).
+            codes: Private encoded rows (rows, columns), or pieces of them.
             layout: Public shape.
             used: Levels that can occur (W,); the others get no mass.
             measurer: Pays for each table (its `parts` are `tables(layout)`).
             names: Columns, for the ledger.
         """
-        rows = codes.numpy()
-        group = layout.group_of(codes).numpy()
+        pieces = [codes] if isinstance(codes, Tensor) else codes
         counts: dict[int, np.ndarray] = {}
         for j, levels in enumerate(layout.levels):
             if j == layout.target and layout.columns > 1:
                 continue
             noise = measurer.histograms(f"marginal:{names[j]}", 1)
-            cell = group * levels + rows[:, j]
-            exact = np.bincount(cell, minlength=layout.groups * levels).astype(float)
+            exact = np.sum([_joint(piece, layout, j) for piece in pieces], axis=0)
             counts[j] = noise(exact).reshape(layout.groups, levels)
         return cls._consistent(counts, layout, used.numpy())
 
@@ -95,6 +93,13 @@ class Marginals:
         (groups, W). `floor` keeps unseen levels finite."""
         mixed = 0.999 * self.given + 0.001 * self.one_way()
         return mixed.clamp_min(floor).log()
+
+
+def _joint(codes: Tensor, layout: Layout, column: int) -> np.ndarray:
+    """How many rows have each target level and each level of a column, flat."""
+    levels = layout.levels[column]
+    cell = layout.group_of(codes).long() * levels + codes[:, column].long()
+    return np.bincount(cell.numpy(), minlength=layout.groups * levels).astype(float)
 
 
 def _onto_simplex(counts: np.ndarray, total: float) -> np.ndarray:

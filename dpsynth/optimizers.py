@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 __all__ = ["FleetAdam"]
-
-# Elements that are worked on at a time on a CPU: all of their tensors stay in its cache.
-_PIECE = 1 << 15
 
 
 class FleetAdam(torch.optim.Optimizer):
@@ -28,7 +26,12 @@ class FleetAdam(torch.optim.Optimizer):
         betas: Decay of the first and the second moment.
         eps: Added to the root of the second moment.
         weight_decay: Share of a weight that a step of rate 1 would take off.
+
+    Attributes:
+        static: Whether the step is being captured: then no decision may look at a value.
     """
+
+    static = False
 
     def __init__(
         self,
@@ -52,35 +55,94 @@ class FleetAdam(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Move every parameter that has a gradient; `closure` is not evaluated."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
+            held = [p for p in group["params"] if p.grad is not None]
+            if not held:
+                continue
+            if self.static or held[0].is_cuda:
+                for parameter in held:
                     self._move(parameter, group)
+            else:
+                self._move_at_once(held, group)
 
-    def _move(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    def prepare(self) -> None:
+        """Make the state that a first step would make."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._state(parameter)
+
+    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+        return state
+
+    def _move(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        """In tensor operations that look at no value."""
+        state, gradient = self._state(parameter), parameter.grad
+        assert gradient is not None
         first, second = group["betas"]
         state["step"] += 1
         # Powers in float64: 1 - 0.999 in float32 has lost five of its digits.
         taken = state["step"].double()
-        rate = group["lr"].double() / (1 - first**taken)
-        scale = (1 - second**taken).rsqrt()
-        kept = 1 - group["lr"] * group["weight_decay"] if group["weight_decay"] else None
-        assert parameter.grad is not None
-        tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-        flat = [t.flatten(1) for t in tensors]
-        runs, width = flat[0].shape
-        if not parameter.is_cuda:
-            width = max(_PIECE // runs, _PIECE // 8)
-        rate, scale = rate.to(parameter.dtype)[:, None], scale.to(parameter.dtype)
-        for weight, gradient, mean, square in zip(*(t.split(width, 1) for t in flat), strict=True):
-            mean.lerp_(gradient, 1 - first)
-            square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-            change = square.sqrt().mul_(scale).add_(group["eps"])
-            torch.div(mean, change, out=change)
-            if kept is not None:
-                weight.mul_(kept[:, None])
-            weight.addcmul_(change, rate, value=-1)
+        rate = (group["lr"].double() / (1 - first**taken)).to(parameter.dtype)
+        scale = (1 - second**taken).rsqrt().to(parameter.dtype)
+        state["exp_avg"].lerp_(gradient, 1 - first)
+        state["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        change = state["exp_avg"] / (state["exp_avg_sq"].sqrt() * scale + group["eps"])
+        if group["weight_decay"]:
+            parameter.mul_(1 - _beside(group["lr"] * group["weight_decay"], parameter))
+        parameter.sub_(change * _beside(rate, parameter))
+
+    def _move_at_once(self, held: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """By torch's fused kernel, one pass over everything; for each run where rates differ."""
+        states = [self._state(parameter) for parameter in held]
+        tensors: list[list[Tensor]] = [
+            [parameter.detach() for parameter in held],
+            [parameter.grad for parameter in held if parameter.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+        ]
+        rates = group["lr"].tolist()
+        if len(set(rates)) == 1:
+            self._fused(tensors, [state["step"] for state in states], rates[0], group)
+            return
+        taken = [state["step"].clone() for state in states]
+        for run, rate in enumerate(rates):
+            steps = [step.clone() for step in taken]
+            self._fused([[t[run] for t in part] for part in tensors], steps, rate, group)
+        for state in states:
+            state["step"] += 1
+
+    def _fused(
+        self,
+        tensors: Sequence[list[Tensor]],
+        steps: list[Tensor],
+        rate: float,
+        group: dict[str, Any],
+    ) -> None:
+        first, second = group["betas"]
+        weights, gradients, means, squares = tensors
+        adam(
+            weights,
+            gradients,
+            means,
+            squares,
+            max_exp_avg_sqs=[],
+            state_steps=steps,
+            fused=True,
+            amsgrad=False,
+            beta1=first,
+            beta2=second,
+            lr=rate,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+            decoupled_weight_decay=True,
+        )
+
+
+def _beside(values: Tensor, like: Tensor) -> Tensor:
+    """One value a run, with as many axes as `like`."""
+    return values.reshape(-1, *(1,) * (like.dim() - 1))

@@ -14,27 +14,29 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
 from dpsynth.checks import UsageError
+from dpsynth.normals import normals
 
 __all__ = [
+    "AesStream",
     "FleetRng",
-    "SecureStream",
     "Stream",
     "derive",
     "fresh_key",
+    "keyed_stream",
     "secure_stream",
     "stream",
 ]
 
 _Kind = type[np.float32] | type[np.float64]
 
-# Words enciphered at a time: what is worked on stays in the processor's cache.
+# Words that are worked on at a time: they stay in the processor's cache.
 _BLOCK = 1 << 14
 _ZEROS = memoryview(bytes(8 * _BLOCK))
 
 
-def fresh_key(*, secure: bool = False) -> int:
-    """A key from the operating system's entropy: 128 bits, or 256 for secure noise."""
-    return secrets.randbits(256 if secure else 128)
+def fresh_key() -> int:
+    """A key of 256 bits from the operating system's entropy."""
+    return secrets.randbits(256)
 
 
 def _digest(key: int, purpose: str, step: int) -> bytes:
@@ -57,27 +59,28 @@ def stream(key: int, purpose: str, step: int = 0) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(entropy))
 
 
-class SecureStream:
+class AesStream:
     """Uniform and normal draws from AES-256 in counter mode; the calls are those of
     `numpy.random.Generator`.
 
     Whoever does not hold the key cannot tell the draws from true ones, nor from some of them guess
-    others; a Philox stream promises neither. It says nothing about how long a call takes.
+    others; a Philox stream promises neither. It says nothing about how long a call takes. Every
+    draw takes one 64-bit word, so draws do not depend on how many are asked for at a time.
 
     Args:
-        secret: AES key (32 bytes) and first counter block (16 bytes).
+        key: AES key (32 bytes). Block i of the key stream is that of counter i; counters from 2^64
+            on are for normal draws that one word does not decide (see `normals`).
     """
 
-    def __init__(self, secret: bytes) -> None:
-        cipher = Cipher(algorithms.AES(secret[:32]), modes.CTR(secret[32:]))
-        self._encryptor = cipher.encryptor()
+    def __init__(self, key: bytes) -> None:
+        self._counting = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+        self._at_counter = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
+        self._taken = 0
 
-    def _words(self, count: int) -> Tensor:
-        """The next `count` 64-bit words of the key stream, as signed integers."""
-        words = np.empty(count, np.int64)
-        if count:
-            self._encryptor.update_into(_ZEROS[: 8 * count], words.data.cast("B"))
-        return torch.from_numpy(words)
+    def _fill(self, out: np.ndarray) -> None:
+        """Put the next 64-bit words into `out`, `_BLOCK` at most."""
+        self._counting.update_into(_ZEROS[: 8 * out.size], out.data.cast("B"))
+        self._taken += out.size
 
     def random(
         self,
@@ -85,12 +88,18 @@ class SecureStream:
         dtype: _Kind = np.float64,
         out: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Uniform draws in [0, 1): multiples of 2^-53, or of 2^-24 in float32; one word each."""
+        """Uniform draws in [0, 1): multiples of 2^-53, or of 2^-24 in float32."""
         bits = 53 if dtype is np.float64 else 24
         out = np.empty(size, dtype) if out is None else out
-        for piece in torch.from_numpy(out.reshape(-1)).split(_BLOCK):
-            words = (self._words(len(piece)) >> (64 - bits)) & ((1 << bits) - 1)
-            torch.mul(words.to(piece.dtype), 2.0**-bits, out=piece)
+        flat = out.reshape(-1)
+        for at in range(0, flat.size, _BLOCK):
+            piece = flat[at : at + _BLOCK]
+            words = np.empty(piece.size, np.uint64)
+            self._fill(words)
+            words >>= np.uint64(64 - bits)
+            np.multiply(words, 2.0**-bits, out=piece, casting="same_kind")
+        if not np.shares_memory(flat, out):
+            out[...] = flat.reshape(out.shape)
         return out
 
     def standard_normal(
@@ -99,30 +108,62 @@ class SecureStream:
         dtype: _Kind = np.float64,
         out: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Standard normal draws by Box & Muller (1958), computed in float64 and cast afterwards.
-
-        The radius comes from 63 bits, so the tails end at ±9.4 (probability 1e-20), the angle from
-        53 bits. An odd number of draws uses up one more, which nobody sees.
-        """
+        """Standard normal draws (`normals.fill`), computed in float64 and cast afterwards."""
         out = np.empty(size, dtype) if out is None else out
-        for piece in torch.from_numpy(out.reshape(-1)).split(_BLOCK):
-            half = (len(piece) + 1) // 2
-            # (k + ½)·2^-63 lies in (0, 1], so the logarithm is finite.
-            radius = (self._words(half) & ((1 << 63) - 1)).double().add_(0.5).mul_(2.0**-63)
-            radius.log_().mul_(-2).sqrt_()
-            angle = (self._words(half) >> 11).double().mul_(math.pi * 2.0**-52)
-            torch.mul(radius, angle.cos(), out=piece[:half])
-            rest = len(piece) - half
-            torch.mul(radius[:rest], angle.sin_()[:rest], out=piece[half:])
+        plain = out.dtype == np.float64 and out.flags.c_contiguous
+        drawn = out if plain else np.empty(out.shape)
+        _fill_normals([self], drawn.reshape(1, drawn.size))
+        if not plain:
+            out[...] = drawn
         return out
 
 
-Stream = np.random.Generator | SecureStream
+def _counters(numbers: np.ndarray, attempt: int) -> memoryview:
+    """Two counters for each word of a stream that are those of no other (word, attempt)."""
+    counters = np.empty((numbers.size, 2, 2), ">u8")
+    counters[..., 0] = attempt + 1
+    counters[:, 0, 1] = 2 * numbers
+    counters[:, 1, 1] = 2 * numbers + 1
+    return counters.data.cast("B")
 
 
-def secure_stream(key: int, purpose: str, step: int = 0) -> SecureStream:
-    """The cryptographic stream of (key, purpose, step): an AES key and first counter of its own,
-    by BLAKE2b keyed with the 256-bit run key.
+def _fill_normals(streams: Sequence[AesStream], out: np.ndarray) -> None:
+    """Standard normals, row r of `out` (runs, draws) from stream r."""
+    width = out.shape[1]
+    # Draw i of all takes word i + before[run] of its run's stream.
+    before = np.array([opened._taken - r * width for r, opened in enumerate(streams)])
+    ends = width * np.arange(1, len(streams) + 1)
+
+    def words(at: int, block: np.ndarray) -> None:
+        done = 0
+        while done < block.size:
+            run, begun = divmod(at + done, width)
+            piece = block[done : done + width - begun]
+            streams[run]._fill(piece)
+            done += piece.size
+
+    def redraw(places: np.ndarray, attempt: int) -> np.ndarray:
+        cuts = [0, *np.searchsorted(places, ends).tolist()]
+        plain = _counters(places + np.repeat(before, np.diff(cuts)), attempt)
+        # A cipher wants room for one octet less than a block more than it fills.
+        drawn = bytearray(len(plain) + 15)
+        room = memoryview(drawn)
+        for opened, start, end in zip(streams, cuts, cuts[1:], strict=False):
+            if start < end:
+                opened._at_counter.update_into(
+                    plain[32 * start : 32 * end], room[32 * start : 32 * end + 15]
+                )
+        return np.frombuffer(drawn, np.uint64, 4 * places.size).reshape(-1, 4)
+
+    normals(out.reshape(-1), words, redraw)
+
+
+Stream = np.random.Generator | AesStream
+
+
+def secure_stream(key: int, purpose: str, step: int = 0) -> AesStream:
+    """The cryptographic stream of (key, purpose, step): an AES key of its own, by BLAKE2b keyed
+    with the 256-bit run key.
 
     The same three arguments give the same draws, so a replayed step repeats its noise. Two
     different ones never share an AES key but with probability 2^-256.
@@ -135,16 +176,22 @@ def secure_stream(key: int, purpose: str, step: int = 0) -> SecureStream:
         f"{purpose}/{step}".encode(),
         key=key.to_bytes(32, "little"),
         person=b"dpsynth noise",
-        digest_size=48,
+        digest_size=32,
     )
-    return SecureStream(digest.digest())
+    return AesStream(digest.digest())
+
+
+def keyed_stream(key: int, purpose: str, step: int = 0) -> AesStream:
+    """The stream of (key, purpose, step) for any key: no better kept than that key is."""
+    text = f"{key}/{purpose}/{step}".encode()
+    return AesStream(hashlib.blake2b(text, person=b"dpsynth draws", digest_size=32).digest())
 
 
 def _check_secure(key: int) -> None:
     # A 256-bit key falls below 2^128 with probability 2^-128; what derives from a seed always does.
     if not 1 << 128 <= key < 1 << 256:
         raise UsageError(
-            f"secure noise: a key of {key.bit_length()} bits; draw one with fresh_key(secure=True)"
+            f"secure noise: a key of {key.bit_length()} bits; draw one with fresh_key()"
         )
 
 
@@ -158,9 +205,10 @@ class FleetRng:
         keys: One key a run.
         device: Where draws are wanted.
         dtype: Type of draws where none is named.
-        secure: Draw from AES-256 (`secure_stream`) instead of Philox, under 256-bit keys. The
-            cipher runs on the CPU: on a GPU each draw is computed by one core (about as long as a
-            Philox draw on the CPU takes) and copied, which then dominates a step of large networks.
+        secure: Take 256-bit keys only, and draw from AES-256 (`secure_stream`) on a GPU too, where
+            a draw is otherwise the device's Philox. The cipher runs on the CPU: each draw is then
+            computed by one core and copied, which dominates a step of large networks. On a CPU
+            every draw is from AES-256 and `secure` costs nothing.
     """
 
     def __init__(
@@ -178,7 +226,7 @@ class FleetRng:
         if secure:
             for key in self.keys:
                 _check_secure(key)
-        self._streams: Sequence[Stream] = []
+        self._streams: Sequence[AesStream] = []
         self._generators: list[torch.Generator] = []
 
     @property
@@ -189,30 +237,28 @@ class FleetRng:
     def at(self, purpose: str, step: int = 0) -> FleetRng:
         """Open the streams of (purpose, step).
 
-        On a GPU, unless `secure`, a stream is the device's Philox under the first 63 bits of what
-        the CPU's would be keyed with: some two of n streams are the same with probability below
-        n²/2^64, e.g. 1e-5 for 32 runs of 1e5 steps with four streams each.
+        On a GPU, unless `secure`, a stream is the device's Philox under 63 bits of a hash: some two
+        of n streams are the same with probability below n²/2^64, e.g. 1e-5 for 32 runs of 1e5 steps
+        with four streams each.
         """
         opened = FleetRng(self.keys, device=self.device, dtype=self.dtype, secure=self.secure)
         if self.secure:
             opened._streams = [secure_stream(key, purpose, step) for key in self.keys]
         elif self.device.type == "cpu":
-            opened._streams = [stream(key, purpose, step) for key in self.keys]
+            opened._streams = [keyed_stream(key, purpose, step) for key in self.keys]
         else:
             seeds = [_device_seed(key, purpose, step) for key in self.keys]
             opened._generators = [torch.Generator(self.device).manual_seed(s) for s in seeds]
         return opened
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Standard normal draws (runs, *shape)."""
+        """Standard normal draws (runs, *shape); those of AES are rounded from float64."""
         dtype = dtype or self.dtype
         if self._generators:
             draws = [self._on_device(torch.randn, shape, g, dtype) for g in self._generators]
             return torch.stack(draws)
-        kind = _kind(dtype)
-        drawn = np.empty((self.runs, *shape), kind)
-        for run, opened in enumerate(self._streams):
-            opened.standard_normal(shape, kind, drawn[run, ...])
+        drawn = np.empty((self.runs, *shape))
+        _fill_normals(self._streams, drawn.reshape(self.runs, math.prod(shape)))
         return torch.from_numpy(drawn).to(self.device, dtype)
 
     def uniform(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

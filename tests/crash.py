@@ -12,7 +12,8 @@ from tiny import recipe, seat
 from dpsynth.privacy.engine import FleetOptimizer
 from dpsynth.randomness import FleetRng
 from dpsynth.training.callbacks import LastCheckpoint
-from dpsynth.training.fleet import Recipe, Seat, train_fleet
+from dpsynth.training.fleet import train_fleet
+from dpsynth.training.recipe import Recipe, Seat
 from dpsynth.training.run import Run
 
 __all__ = ["RECIPE", "SEATS", "train"]

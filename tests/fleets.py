@@ -13,7 +13,7 @@ from dpsynth.codec import Layout
 from dpsynth.marginals import Marginals
 from dpsynth.models import Generator
 from dpsynth.randomness import FleetRng
-from dpsynth.training.fleet import FAMILIES
+from dpsynth.training.recipe import FAMILIES
 
 __all__ = ["TRAINED", "make_fleet", "random_codes", "random_marginals"]
 

@@ -14,7 +14,6 @@ from dpsynth.audit.neighbours import (
     distances,
     quantile_map,
     range_map,
-    resolve,
 )
 from dpsynth.checks import UsageError
 from dpsynth.data import Table
@@ -253,14 +252,6 @@ def test_no_queries_have_no_distances() -> None:
     keys = random_features(12, 30, "gt", (3,))
     none = Features(keys.numbers[:0], keys.codes[:0], keys.levels)
     assert distances(none, keys, k=2, power=2).shape == (0, 2)
-
-
-def test_device_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    for there in (False, True):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        assert resolve("cpu").type == "cpu"
-        assert resolve("auto").type == ("cuda" if there else "cpu")
-    assert resolve("cuda").type == "cuda"
 
 
 def test_self_exclusion_leaves_out_the_own_row_only() -> None:

@@ -270,6 +270,9 @@ SETTINGS = {
     "training.engine=typo": "engine=typo",
     "training.piece=0": "piece=0",
     "training.device=tpu": "device=tpu",
+    "training.memory=much": "training.memory=much",
+    "training.memory=0": "training.memory=0",
+    "training.memory=1e-6": "raise it, or lower training.piece",
     "+training.colour=1": "colour",
     "evaluation.max_rows=1": "max_rows=1",
     "evaluation.max_rows=abc": "max_rows=abc",
@@ -317,6 +320,7 @@ def test_a_setting_that_cannot_be_used_is_refused(
         (["train", "data.path=x.csv"], "data.schema"),
         (["train", "data.name=typo"], "dataset=typo"),
         (["sweep", "data.split_seed=0,1"], "data: must be the same"),
+        (["sweep", "training.memory=1,2"], "training.memory: must be the same"),
         (["sweep", "seed=0,0"], "twice"),
         (["sweep", "seed=range(x)"], "str"),
         (["sweep", "model=glob(*)"], "glob"),
@@ -700,7 +704,7 @@ def test_a_workspace_outlives_a_mistyped_setting(
 # `python -m dpsynth -m`
 
 
-def test_hydras_own_sweeper_trains_a_run_a_job(inputs: Path, tmp_path: Path) -> None:
+def test_hydras_own_sweeper_leaves_a_run_a_job(inputs: Path, tmp_path: Path) -> None:
     """In a process of its own, with a judging process a job; a job that fails is seen."""
     arguments = [*data(inputs), *TINY, "privacy.epsilon=2,4,-1", "privacy.steps=0"]
     done = subprocess.run(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from omegaconf import OmegaConf
 from tiny import SCHEMA, frame
@@ -28,9 +29,10 @@ from dpsynth.cli import (
 from dpsynth.codec import Codec
 from dpsynth.data import Split, Table
 from dpsynth.frontier.sweep import Judging, run_sweep
+from dpsynth.launcher import FleetLauncher
 from dpsynth.models import Generator
 from dpsynth.privacy.plan import PrivacyPlan
-from dpsynth.training.fleet import FAMILIES, SHARES, Recipe, Seat, check_seat
+from dpsynth.training.recipe import FAMILIES, SHARES, Recipe, Seat, check_seat
 
 FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
 
@@ -119,6 +121,18 @@ def test_wandb_is_asked_for(tmp_path: Path) -> None:
         logger_of(configure(["logger=wandb", "logger.mode=typo"]))
 
 
+def test_jobs_of_hydras_own_sweeper_are_packed() -> None:
+    """Composed as Hydra would; the launcher of every key but this one is not looked at."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", return_hydra_config=True)
+    held = yaml.safe_load((CONF / "hydra" / "launcher" / "fleet.yaml").read_text())
+    assert cfg.hydra.launcher == held
+    assert held["_target_"] == f"{FleetLauncher.__module__}.{FleetLauncher.__name__}"
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", ["hydra/launcher=basic"], return_hydra_config=True)
+    assert cfg.hydra.launcher._target_.endswith("BasicLauncher")
+
+
 # What it holds is what the code would take
 
 
@@ -164,7 +178,8 @@ def test_privacy_is_what_the_plan_would_take() -> None:
 def test_the_recipes_settings_are_its_defaults() -> None:
     own = defaults(Recipe)
     training = body(Path("training/default.yaml"))
-    assert training == {name: own[name] for name in ("engine", "piece", "device")}
+    assert training.pop("memory") is None is defaults(run_sweep)["memory"]
+    assert training == {k: v for k, v in own.items() if k not in ("options", "privacy", "codec")}
     codec = body(Path("codec/default.yaml"))
     assert codec == {name: defaults(Codec.fit)[name] for name in ("bins", "heaps")}
 
@@ -172,6 +187,7 @@ def test_the_recipes_settings_are_its_defaults() -> None:
 def test_judging_is_what_the_sweep_would_take() -> None:
     held = {**body(Path("evaluation/default.yaml")), **body(Path("audit/quick.yaml"))}
     assert held.pop("controls") == defaults(run_sweep)["with_controls"]
+    held["device"] = body(Path("training/default.yaml"))["device"]
     assert held == {k: v for k, v in defaults(Judging).items() if k != "apart"}
     assert judging_of(configure([])) == Judging()
 

@@ -11,7 +11,7 @@ import torch
 
 from dpsynth.checks import UsageError
 from dpsynth.evaluation import histograms as module
-from dpsynth.evaluation.histograms import counted, histograms, resolve
+from dpsynth.evaluation.histograms import counted, histograms
 
 DEVICES = [
     "cpu",
@@ -106,11 +106,7 @@ def test_counted_gives_each_subset_once_as_histograms_do() -> None:
     assert histograms([table], LEVELS, []) == []
 
 
-def test_device_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    for there in (False, True):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        assert resolve("cpu").type == "cpu"
-        assert resolve("auto").type == ("cuda" if there else "cpu")
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="device=cuda: no GPU is visible"):
         histograms([codes(3, 0)], LEVELS, [(0,)], device="cuda")

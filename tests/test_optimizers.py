@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpsynth import optimizers
 from dpsynth.optimizers import FleetAdam
 
 RATES = [1e-3, 0.3, 0.02]
@@ -29,18 +28,19 @@ def optimizer(held: list[nn.Parameter], rates: list[float], **settings) -> Fleet
     return FleetAdam(held, torch.tensor(rates, dtype=torch.float64), **settings)
 
 
-@pytest.mark.parametrize("piece", [4, 1 << 15])
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("decay", [0.0, 0.2])
+@pytest.mark.parametrize("rates", [RATES, [0.05] * 3])
 def test_every_run_moves_as_it_would_alone(
-    decay: float, piece: int, monkeypatch: pytest.MonkeyPatch
+    rates: list[float], decay: float, static: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(optimizers, "_PIECE", 8 * piece)
+    monkeypatch.setattr(FleetAdam, "static", static)
     held = parameters()
     alone = [[nn.Parameter(p[r].detach().clone()) for p in held] for r in range(3)]
-    fleet = optimizer(held, RATES, betas=(0.7, 0.95), eps=1e-6, weight_decay=decay)
+    fleet = optimizer(held, rates, betas=(0.7, 0.95), eps=1e-6, weight_decay=decay)
     theirs = [
         torch.optim.AdamW(one, lr=rate, betas=(0.7, 0.95), eps=1e-6, weight_decay=decay)
-        for one, rate in zip(alone, RATES, strict=True)
+        for one, rate in zip(alone, rates, strict=True)
     ]
     for step in range(12):
         for parameter, gradient in zip(held, gradients(held, step), strict=True):
@@ -56,7 +56,11 @@ def test_every_run_moves_as_it_would_alone(
             torch.testing.assert_close(parameter[run], alone[run][place], rtol=1e-12, atol=1e-12)
 
 
-def test_a_schedule_is_a_new_rate_and_rate_zero_keeps_the_weights() -> None:
+@pytest.mark.parametrize("static", [False, True])
+def test_a_schedule_is_a_new_rate_and_rate_zero_keeps_the_weights(
+    static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FleetAdam, "static", static)
     held = parameters()
     fleet = optimizer(held, RATES, weight_decay=0.5)
     for step in range(4):

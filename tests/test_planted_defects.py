@@ -44,7 +44,8 @@ from dpsynth.sampling import sample_table
 from dpsynth.training import fleet as fleet_module
 from dpsynth.training.callbacks import LastCheckpoint
 from dpsynth.training.canary import CanaryEngine, Observed, StepCanary, WatchedBatches
-from dpsynth.training.fleet import FAMILIES, Seat, Trained, train_fleet
+from dpsynth.training.fleet import Trained, train_fleet
+from dpsynth.training.recipe import FAMILIES, Seat
 from dpsynth.training.run import Run
 
 # Of every audit here: a sound engine is flagged once in a thousand.
@@ -240,7 +241,9 @@ class Reopened(FleetRng):
         self._step = step
 
     def normal(self, *shape: int, **settings: Any) -> Tensor:
-        return FleetRng(self.keys).at("noise", self._step).normal(*shape, **settings)
+        whole = FleetRng(self.keys).at("noise", self._step).normal(*shape, **settings)
+        sizes = [p[0].numel() for p in Mlp(1, WIDTHS).parameters()]
+        return torch.cat([whole[:, :size] for size in sizes], dim=1)[:, : whole.shape[1]]
 
 
 def one_key(keys: list[int]) -> FleetRng:
@@ -562,7 +565,9 @@ class OpenEncoder(Vae):
                 parameter.grad = gradient
         return loss
 
-    def public_step(self, rng: FleetRng, step: int) -> None:
+    public_every = 1  # type: ignore[assignment]
+
+    def public_step(self, rng: FleetRng) -> None:
         self._optimizers[1].step()
 
 
@@ -582,16 +587,19 @@ class KeptLatents(Vae):
 
 
 class BestWeights(Vae):
-    """Keeps the weights at which the rows' own loss was least."""
+    """Leans towards the weights at which the rows' own loss was small."""
 
-    least = math.inf
+    mass = 0.0
+    public_every = 1  # type: ignore[assignment]
 
-    def public_step(self, rng: FleetRng, step: int) -> None:
+    def public_step(self, rng: FleetRng) -> None:
         with torch.no_grad():
             loss = float(self.record_loss(self._codes.long(), rng).mean())
-        if loss < self.least:
-            self.least = loss
-            self.kept = {k: v.clone() for k, v in self.network.state_dict().items()}
+        share = math.exp(-loss)
+        self.mass += share
+        held = {k: v.clone() for k, v in self.network.state_dict().items()}
+        before = getattr(self, "kept", held)
+        self.kept = {k: before[k].lerp(v, share / self.mass) for k, v in held.items()}
 
     def finish(self) -> None:
         super().finish()

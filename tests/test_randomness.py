@@ -2,17 +2,19 @@
 
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
 from dpsynth import randomness
 from dpsynth.checks import UsageError
-from dpsynth.randomness import FleetRng, SecureStream, derive, fresh_key, secure_stream, stream
+from dpsynth.randomness import AesStream, FleetRng, derive, fresh_key, secure_stream, stream
 
 keys = st.integers(0, 2**128 - 1)
 purposes = st.text(max_size=10)
@@ -57,13 +59,6 @@ def test_keys_use_all_their_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({derive(key, "x") for key in alike}) == len(alike)
     monkeypatch.setattr(randomness, "derive", lambda key, purpose, step: key)
     assert len({stream(key, "x").random() for key in alike}) == len(alike)
-
-
-def test_fresh_keys_are_fresh() -> None:
-    drawn = {fresh_key() for _ in range(200)}
-    assert len(drawn) == 200
-    assert all(0 <= key < 2**128 for key in drawn)
-    assert max(drawn) > 2**120
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -150,22 +145,42 @@ wide_keys = st.integers(2**128, 2**256 - 1)
 SECURE = 7 << 240
 
 
-def test_secure_words_are_those_of_the_standard() -> None:
-    """AES-256 in counter mode on the key and counter of NIST SP 800-38A, F.5.5: the first word of
-    each of its first three output blocks, as a uniform draw."""
-    secret = bytes.fromhex(
-        "603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4"
-        "f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff"
-    )
-    blocks = [
-        "0bdf7df1591716335e9a8b15c860c502",
-        "5a6e699d536119065433863c8f657b94",
-        "1bc12c9c01610d5d0d8bd6a3378eca62",
-    ]
-    drawn = SecureStream(secret).random(6)
-    for place, block in enumerate(blocks):
-        word = int.from_bytes(bytes.fromhex(block)[:8], "little")
-        assert drawn[2 * place] == (word >> 11) / 2**53
+def test_words_are_those_of_the_cipher() -> None:
+    """AES-256 of counters 0, 1, …: block 0 is the first of NIST's KeySbox vectors for 256 bits, the
+    others those of the cipher block by block."""
+    key = bytes.fromhex("c47b0294dbbbee0fec4757f22ffeee3587ca4730c3d33b691df38bab076bc558")
+    block = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
+    blocks = [block.update(counter.to_bytes(16, "big")) for counter in range(20_000)]
+    assert blocks[0].hex() == "46f2fb342d6f0ab477476fc501242c5f"
+    words = np.frombuffer(b"".join(blocks), np.uint64)
+    np.testing.assert_array_equal(AesStream(key).random(40_000), (words >> 11) / 2.0**53)
+
+
+def test_redraws_are_blocks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attempt a of the draw from word i: counters (a + 1)·2^64 + 2i and the next, in every run and
+    at any place of the stream; so no two are the same, nor one of the words that come in order."""
+    secrets = [bytes([r]) * 32 for r in range(3)]
+    asked = []
+
+    def fake(out: np.ndarray, words: object, redraw: Callable[..., np.ndarray]) -> None:
+        for places in ([0, 7, 8, 13, 20], [9], [0]):
+            for attempt in (0, 5):
+                asked.append((places, attempt, redraw(np.array(places, np.intp), attempt)))
+
+    streams = [AesStream(secret) for secret in secrets]
+    for opened, taken in zip(streams, (0, 11, 4), strict=True):
+        opened.random(taken)
+    monkeypatch.setattr(randomness, "normals", fake)
+    randomness._fill_normals(streams, np.empty((3, 7)))
+    for places, attempt, found in asked:
+        assert found.shape == (len(places), 4)
+        for place, words in zip(places, found, strict=True):
+            run, at = divmod(place, 7)
+            word = at + (0, 11, 4)[run]
+            block = Cipher(algorithms.AES(secrets[run]), modes.ECB()).encryptor()
+            counters = [((attempt + 1) << 64) + 2 * word + i for i in (0, 1)]
+            wanted = b"".join(block.update(c.to_bytes(16, "big")) for c in counters)
+            np.testing.assert_array_equal(words, np.frombuffer(wanted, np.uint64))
 
 
 @given(wide_keys, purposes, steps)
@@ -191,8 +206,8 @@ def test_every_bit_of_a_secure_key_counts() -> None:
     assert len({float(secure_stream(key, "x").random()) for key in alike}) == 257
 
 
-def test_secure_keys_are_fresh_and_long() -> None:
-    drawn = {fresh_key(secure=True) for _ in range(200)}
+def test_fresh_keys_are_fresh_and_long() -> None:
+    drawn = {fresh_key() for _ in range(200)}
     assert len(drawn) == 200
     assert all(0 <= key < 2**256 for key in drawn)
     assert max(drawn) > 2**248
@@ -231,39 +246,16 @@ def test_secure_draws_follow_their_laws(dtype: type) -> None:
     assert (scaled % 2 == 1).any()
 
 
-def test_the_two_halves_of_a_secure_pair_are_independent() -> None:
-    """Draws of one block share a radius, half a block apart: they, their squares and their signs
-    are unrelated; so are neighbours."""
-    block = randomness._BLOCK
-    drawn = secure_stream(SECURE, "pairs").standard_normal((20, 2, block // 2))
-    ones, others = drawn[:, 0].ravel(), drawn[:, 1].ravel()
-    for left, right in ((ones, others), (ones[:-1], ones[1:])):
-        for law in (lambda x: x, np.square, np.sign, np.abs):
-            assert abs(np.corrcoef(law(left), law(right))[0, 1]) < 4.5 / math.sqrt(left.size)
-    assert stats.kstest((ones**2 + others**2) / 2, "expon").pvalue > 1e-3
-    assert (
-        stats.kstest(np.arctan2(others, ones), stats.uniform(-np.pi, 2 * np.pi).cdf).pvalue > 1e-3
-    )
-
-
 @pytest.mark.parametrize("word", [0, -1, 1, 2**63 - 1, -(2**63)])
-def test_extreme_secure_words_give_finite_draws(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_extreme_words_give_uniforms_below_one(
+    word: int, dtype: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened = secure_stream(SECURE, "x")
-    monkeypatch.setattr(opened, "_words", lambda count: torch.full((count,), word))
-    normal = opened.standard_normal(4)
-    assert np.isfinite(normal).all()
-    assert (np.abs(normal) < 9.5).all()
-    for dtype in (np.float32, np.float64):
-        uniform = opened.random(4, dtype)
-        assert (uniform >= 0).all()
-        assert (uniform < 1).all()
-
-
-def test_the_longest_secure_draw_is_as_long_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Radius from the least of 63 bits: √(2 · 64 ln 2), at angle 0."""
-    opened = secure_stream(SECURE, "x")
-    monkeypatch.setattr(opened, "_words", lambda count: torch.zeros(count, dtype=torch.int64))
-    assert opened.standard_normal(2)[0] == pytest.approx(math.sqrt(128 * math.log(2)), rel=1e-12)
+    monkeypatch.setattr(opened, "_fill", lambda out: out.view(np.int64).fill(word))
+    uniform = opened.random(4, dtype)
+    assert (uniform >= 0).all()
+    assert (uniform < 1).all()
 
 
 def test_secure_uniforms_go_on_where_they_stopped() -> None:
@@ -272,6 +264,42 @@ def test_secure_uniforms_go_on_where_they_stopped() -> None:
     opened, cuts = secure_stream(SECURE, "x"), (1, 2, 16_384, 16_385, 5, 7223)
     np.testing.assert_array_equal(np.concatenate([opened.random(cut) for cut in cuts]), whole)
     assert len(np.unique(whole)) == whole.size
+
+
+@pytest.mark.parametrize("secure", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["normal", "uniform"])
+@pytest.mark.parametrize("runs", [1, 3])
+def test_draws_do_not_depend_on_how_they_are_cut(
+    runs: int, method: str, dtype: torch.dtype, secure: bool
+) -> None:
+    """One draw takes one word, and what it needs beyond that is its own."""
+    rng = FleetRng(range(SECURE, SECURE + runs), secure=secure, dtype=dtype)
+    whole = getattr(rng.at("x", 5), method)(60_000)
+    opened, cuts = rng.at("x", 5), (1, 2, 16_384, 0, 16_385, 5, 20_000, 7223)
+    pieces = [getattr(opened, method)(cut) for cut in cuts]
+    assert torch.equal(torch.cat(pieces, 1), whole)
+    assert torch.equal(getattr(rng.at("x", 5), method)(3, 200), whole[:, :600].view(runs, 3, 200))
+
+
+def test_draws_are_the_same_in_every_process() -> None:
+    """Four that were drawn in another one, bit by bit."""
+    drawn = FleetRng([5, 6]).at("noise", 3).normal(200, dtype=torch.float64)[0, :4]
+    assert [value.hex() for value in drawn.tolist()] == [
+        "0x1.995235af1ccbcp-3",
+        "-0x1.71bdc639ecea3p-2",
+        "0x1.03b0129401f5fp+0",
+        "0x1.0d5eefafa480cp-1",
+    ]
+
+
+def test_normals_and_uniforms_in_turn_use_no_word_twice() -> None:
+    rng = FleetRng([5], dtype=torch.float64)
+    normal, uniform = rng.at("x").normal(3000), rng.at("x").uniform(3000)
+    opened = rng.at("x")
+    for at in range(0, 3000, 1000):
+        assert torch.equal(opened.normal(500), normal[:, at : at + 500])
+        assert torch.equal(opened.uniform(500), uniform[:, at + 500 : at + 1000])
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 16_383, 16_384, 16_385, 50_001])
@@ -283,6 +311,16 @@ def test_secure_normals_of_any_number_are_all_filled(size: int) -> None:
         assert np.isfinite(out).all()
         assert len(np.unique(out)) >= 0.99 * size
         np.testing.assert_array_equal(secure_stream(SECURE, "x").standard_normal(size, dtype), out)
+
+
+@pytest.mark.parametrize("method", ["random", "standard_normal"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_draws_may_be_put_into_memory_with_gaps(method: str, dtype: type) -> None:
+    wanted = getattr(secure_stream(SECURE, "x"), method)((40, 6), dtype)
+    for out in (np.full((40, 12), np.nan, dtype)[:, ::2], np.full((6, 40), np.nan, dtype).T):
+        found = getattr(secure_stream(SECURE, "x"), method)((40, 6), dtype, out)
+        assert found is out
+        np.testing.assert_array_equal(out, wanted)
 
 
 def test_float32_normals_are_the_float64_ones_rounded() -> None:
@@ -300,6 +338,7 @@ def test_a_secure_fleet_draws_from_secure_streams_alone(
         raise AssertionError("a secure fleet opened another stream")
 
     monkeypatch.setattr(randomness, "stream", refuse)
+    monkeypatch.setattr(randomness, "keyed_stream", refuse)
     keys = [SECURE, SECURE + 1]
     rng = FleetRng(keys, secure=True)
     assert rng.at("x").secure
@@ -324,6 +363,15 @@ def test_normal_draws_may_be_finer_than_the_rest(secure: bool) -> None:
 
 
 # A GPU
+
+
+def test_seeded_streams_of_neighbouring_names_are_apart() -> None:
+    """The same laws for the streams of a fleet as for `stream` and `secure_stream`."""
+    names = [(1, "a", 23), (1, "a/2", 3), (12, "a", 3), (1, "2/a", 3), (1, "a2", 3), (1, "a", 3)]
+    names += [(1, "", 0), (1, "/", 0), (1, "0", 0), (10, "", 0)]
+    names += [(12345 + (1 << bit), "x", 0) for bit in range(20, 256)]
+    drawn = [FleetRng([k], dtype=torch.float64).at(p, s).uniform(1) for k, p, s in names]
+    assert len({float(value) for value in drawn}) == len(names)
 
 
 def test_device_seeds_use_all_of_63_bits() -> None:

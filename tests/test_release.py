@@ -17,7 +17,8 @@ import yaml
 from dpsynth import cli
 from dpsynth.checks import RefusedError, UsageError
 from dpsynth.data import Table
-from dpsynth.training.fleet import Seat, check_seat, train_fleet
+from dpsynth.training.fleet import train_fleet
+from dpsynth.training.recipe import Seat, check_seat
 from dpsynth.training.release import check_release
 from dpsynth.training.run import Run
 

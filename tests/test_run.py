@@ -27,7 +27,8 @@ from dpsynth.data import Table
 from dpsynth.randomness import stream
 from dpsynth.sampling import parse_where, sample_table
 from dpsynth.schema import Column
-from dpsynth.training.fleet import FAMILIES, Seat, train_fleet
+from dpsynth.training.fleet import train_fleet
+from dpsynth.training.recipe import FAMILIES, Seat
 from dpsynth.training.run import Run
 
 MODELS = list(FAMILIES)

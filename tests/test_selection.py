@@ -337,7 +337,7 @@ def test_a_seed_gives_the_same_choice_and_every_trial_its_own_noise(
     tables = [t.generator.given_logits.numpy().tobytes() for t in seen[:4]]
     assert len(set(tables)) == 4
     entropy = select(table(), choice)
-    assert entropy.seat.seed is None and entropy.ledger.noise == "philox:system"
+    assert entropy.seat.seed is None and entropy.ledger.noise == "aes256-ctr:system"
 
 
 def test_a_secure_selection_has_no_seed(tmp_path: Path) -> None:

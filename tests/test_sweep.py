@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from rich.console import Console
 from tiny import SCHEMA, recipe, table
 
@@ -28,7 +29,10 @@ from dpsynth.frontier import sweep
 from dpsynth.frontier.results import AUDIT, DISTANCES, IDENTITY, metric_names
 from dpsynth.frontier.sweep import CONTROLS, Judging, Point, data_name, gather, run_sweep
 from dpsynth.randomness import stream
-from dpsynth.training.fleet import FAMILIES, Seat, Trained, train_fleet
+from dpsynth.release.verify import verify
+from dpsynth.training import grid
+from dpsynth.training.fleet import Trained, train_fleet
+from dpsynth.training.recipe import FAMILIES, Seat
 from dpsynth.training.run import Run
 
 JUDGING = Judging(max_rows=60, max_candidates=40, draws=1)
@@ -224,7 +228,8 @@ def test_it_says_what_it_does(finished: tuple[Path, pd.DataFrame, str]) -> None:
 def test_a_second_call_does_nothing_again(
     finished: tuple[Path, pd.DataFrame, str], copied: Path, monkeypatch: pytest.MonkeyPatch, inline
 ) -> None:
-    for name in ("train_fleet", "_judge_run", "_judge_control"):
+    monkeypatch.setattr(grid, "train_fleet", refuse)
+    for name in ("_judge_run", "_judge_control"):
         monkeypatch.setattr(sweep, name, refuse)
     before = stamps(copied)
     same(swept(copied), finished[1])
@@ -234,14 +239,14 @@ def test_a_second_call_does_nothing_again(
 def test_only_a_missing_run_is_made_again(
     finished: tuple[Path, pd.DataFrame, str], copied: Path, monkeypatch: pytest.MonkeyPatch, inline
 ) -> None:
-    """Its fleet has to be trained once more, and gives the same run."""
+    """It has to be trained once more, with its reference model, and is the same run."""
     fleets: list[list[tuple[float, int | None, str]]] = []
 
     def counted(made: Any, seats: Sequence[Seat], **others: Any) -> list[Trained]:
         fleets.append([(seat.epsilon, seat.seed, seat.role) for seat in seats])
         return train_fleet(made, seats, **others)
 
-    monkeypatch.setattr(sweep, "train_fleet", counted)
+    monkeypatch.setattr(grid, "train_fleet", counted)
     gone = POINTS[0].name
     shutil.rmtree(copied / "runs" / gone)
     before = stamps(copied)
@@ -249,8 +254,7 @@ def test_only_a_missing_run_is_made_again(
     after = stamps(copied)
     assert {path: after[path] for path in before} == before
     assert {Path(path).parts[1] for path in set(after) - set(before)} == {gone}
-    # Both points of the recipe and the attacker's reference run, as one fleet.
-    assert fleets == [[(1.0, 0, "model"), (math.inf, 0, "model"), (math.inf, 0, "reference")]]
+    assert fleets == [[(1.0, 0, "model"), (math.inf, 0, "reference")]]
 
 
 def test_a_judge_that_fails_fails_the_sweep(
@@ -275,10 +279,10 @@ def test_a_judge_that_fails_fails_the_sweep(
     trained: list[str] = []
 
     def counted(made: Any, seats: Sequence[Seat], **others: Any) -> list[Trained]:
-        trained.append(made.model)
+        trained.append(made[0].model)
         return train_fleet(made, seats, **others)
 
-    monkeypatch.setattr(sweep, "train_fleet", counted)
+    monkeypatch.setattr(grid, "train_fleet", counted)
     results = swept(tmp_path / "sweep", with_controls=False)
     assert "vae" not in trained, "it had been trained"
     expected = finished[1][finished[1]["role"] != "control"]
@@ -295,12 +299,12 @@ def test_a_training_that_is_interrupted_goes_on(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "train_fleet", interrupted)
+    monkeypatch.setattr(grid, "train_fleet", interrupted)
     with pytest.raises(KeyboardInterrupt):
         swept(tmp_path / "sweep", with_controls=False)
     with pytest.raises(UsageError, match="no finished run"):
         gather(tmp_path / "sweep")
-    monkeypatch.setattr(sweep, "train_fleet", train_fleet)
+    monkeypatch.setattr(grid, "train_fleet", train_fleet)
     results = swept(tmp_path / "sweep", with_controls=False)
     same(results, finished[1][finished[1]["role"] != "control"])
 
@@ -340,16 +344,57 @@ def test_points_are_named_apart() -> None:
     )
 
 
-def test_points_of_one_recipe_form_one_fleet() -> None:
-    wide = recipe("vae", options={"hidden": [9]})
-    points = [Point(wide, 1.0, 0), *POINTS, Point(recipe("vae"), 2.0, 7)]
-    fleets = sweep._fleets(points)
-    assert [(made.model, len(points)) for made, points in fleets] == [
-        ("vae", 1),
-        ("vae", 3),
-        ("naive_bayes", 2),
+MIXED = [
+    Point(recipe("vae"), 1.0, 0),
+    Point(recipe("vae", privacy={"steps": 8}), 4.0, 0, "steps=8"),
+    Point(recipe("vae", options={"lr": 0.05}), math.inf, 0, "lr=.05"),
+    Point(recipe("vae", privacy={"batch": 60, "clip": 2.0}), 1.0, 0, "batch=60 clip=2"),
+]
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Runs of one program that differ in all that a run has of its own, in one sweep."""
+    folder = tmp_path_factory.mktemp("sweeps") / "mixed"
+    said = StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "ProcessPoolExecutor", Inline)
+        swept(folder, MIXED, console=Console(file=said, width=200), with_controls=False)
+    return folder, said.getvalue()
+
+
+def test_runs_of_one_program_train_as_one(mixed: tuple[Path, str]) -> None:
+    """Each recipe has a reference model; all eight runs are one fleet."""
+    _, said = mixed
+    assert "1 fleet for 4 runs and 4 reference models" in said
+    assert "vae: 8 runs in 1 fleet" in said
+    assert said.count("vae (4 runs)") == said.count("steps ·") > 0
+
+
+@pytest.mark.parametrize("place", range(len(MIXED)))
+def test_a_run_beside_others_is_the_run_alone(
+    place: int, mixed: tuple[Path, str], tmp_path: Path, inline
+) -> None:
+    """Weights, ledger, samples, figures and attacks; and its claim can be checked."""
+    point, folder = MIXED[place], mixed[0]
+    swept(tmp_path / "alone", [point], with_controls=False)
+    one, other = (Run.load(f / "runs" / point.name) for f in (tmp_path / "alone", folder))
+    assert other.plan == one.plan and other.recipe == point.recipe
+    assert [replace(e, when="") for e in other.ledger.events] == [
+        replace(e, when="") for e in one.ledger.events
     ]
-    assert [point for _, fleet in fleets for point in fleet if point.recipe == wide] == points[:1]
+    assert other.ledger.executed == one.ledger.executed
+    assert other.executed == point.recipe.privacy["steps"]
+    left, right = (run.generator.state_dict() for run in (one, other))
+    for name, value in left.items():
+        torch.testing.assert_close(right[name], value, rtol=1e-4, atol=1e-6)
+    verify(folder / "runs" / point.name)
+    same(gather(tmp_path / "alone"), gather_one(folder, point))
+
+
+def gather_one(folder: Path, point: Point) -> pd.DataFrame:
+    results = gather(folder)
+    return results[results["run"] == point.name]
 
 
 # Refusals: before any work, and without a trace
@@ -401,6 +446,7 @@ def test_facts_read_off_the_rows_are_refused_before_any_work(
         ({"draws": 0}, "draws=0"),
         ({"draws": 1.5}, "draws=1.5"),
         ({"seed": -1}, "seed"),
+        ({"device": "gpu"}, "device=gpu"),
     ],
 )
 def test_judging_refuses_what_would_fail_after_training(

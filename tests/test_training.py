@@ -37,6 +37,7 @@ from dpsynth.randomness import stream
 from dpsynth.sampling import sample_table
 from dpsynth.schema import Column
 from dpsynth.training import fleet as fleet_module
+from dpsynth.training import measure as measure_module
 from dpsynth.training.callbacks import (
     LastCheckpoint,
     SpentEpsilon,
@@ -44,7 +45,8 @@ from dpsynth.training.callbacks import (
     default_callbacks,
     spent,
 )
-from dpsynth.training.fleet import FAMILIES, Recipe, Seat, Trained, build, check_seat, train_fleet
+from dpsynth.training.fleet import Trained, train_fleet
+from dpsynth.training.recipe import FAMILIES, Recipe, Seat, build, check_seat
 
 MODELS = list(FAMILIES)
 NETWORKS = [name for name, family in FAMILIES.items() if family.trained]
@@ -153,7 +155,7 @@ class OwnOptimizer(FAMILIES["vae"]):  # type: ignore[misc, name-defined]
 def test_another_optimizer_moves_runs_of_equal_length_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(fleet_module.FAMILIES, "vae", OwnOptimizer)
+    monkeypatch.setitem(FAMILIES, "vae", OwnOptimizer)
     before, after = (
         train_fleet(recipe("vae", privacy={"steps": steps}), [seat()])[0] for steps in (0, 3)
     )
@@ -162,6 +164,8 @@ def test_another_optimizer_moves_runs_of_equal_length_alone(
     recipes = [recipe("vae", privacy={"steps": steps}) for steps in (3, 4)]
     with pytest.raises(UsageError, match="SGD: cannot stop runs one by one"):
         train_fleet(recipes, [seat(), seat()])
+    with pytest.raises(UsageError, match=r"SGD: .* or be captured"):
+        train_fleet(recipe("vae", capture=True), [seat()])
 
 
 def test_a_program_is_what_the_runs_of_a_fleet_must_share() -> None:
@@ -211,7 +215,7 @@ def test_a_seed_gives_every_budget_and_recipe_noise_of_its_own(
         used.append(key)
         return stream(key, purpose)
 
-    monkeypatch.setattr(fleet_module, "stream", recorded)
+    monkeypatch.setattr(measure_module, "keyed_stream", recorded)
 
     def keys(made: Recipe, *seats: Seat) -> list[int]:
         used.clear()
@@ -605,6 +609,18 @@ def test_a_resumed_fleet_is_the_uninterrupted_one(
         assert_same_run(left, right)
 
 
+def test_a_resumed_capture_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    """The checkpoint is restored before anything is recorded."""
+    made, seats = recipe("vae", capture=True), [seat(0.5, 1), seat(math.inf, 1)]
+    interrupted(made, seats, tmp_path, keep=False)
+    resumed = train_fleet(made, seats, state=tmp_path)
+    for left, right in zip(train_fleet(made, seats), resumed, strict=True):
+        assert_same_weights(left.generator, right.generator, atol=0)
+        assert right.ledger.noise == "aes256-ctr+threefry:seed"
+    with pytest.raises(UsageError, match="belongs to another fleet"):
+        train_fleet(recipe("vae", capture=False), seats, state=tmp_path)
+
+
 def test_a_resumed_fleet_repeats_only_what_was_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -802,13 +818,13 @@ def test_default_callbacks_keep_checkpoints_where_there_is_a_folder(tmp_path: Pa
 def test_a_fleet_leaves_no_rows_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a run is saved from holds neither codes nor the optimizer that saw them."""
     made: list[Generator] = []
-    original = fleet_module.build
+    original = fleet_module.build_fleet
 
     def kept(*arguments: Any) -> Generator:
         made.append(original(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(fleet_module, "build", kept)
+    monkeypatch.setattr(fleet_module, "build_fleet", kept)
     train_fleet(recipe(), [seat()])
     for generator in made[1:]:  # the first was built to see whether the settings are sound
         for name in ("_codes", "_batches", "_engine", "_rng", "_optimizers", "_average"):

@@ -126,7 +126,7 @@ def test_a_sound_run_holds(sound: Path) -> None:
 def test_other_families_and_seeds_hold(model: str, seed: int | None, tmp_path: Path) -> None:
     Run.of(train_fleet(recipe(model), [seat(1.0, seed)])[0]).save(tmp_path / "run")
     verdict = verify(tmp_path / "run")
-    assert verdict.noise == ("philox:system" if seed is None else "philox:seed")
+    assert verdict.noise == ("aes256-ctr:system" if seed is None else "aes256-ctr:seed")
     assert verdict.steps == (5 if model == "gan" else 0)
 
 
@@ -384,7 +384,7 @@ FORGED: dict[str, Callable[[Forger], None]] = {
         f.header(unit="person", contributions=3), f.plan(unit="person", contributions=3)),
     "secure noise": lambda f: f.header(noise="aes256-ctr:system"),
     "secure plan": lambda f: (f.header(noise="aes256-ctr:seed"), f.plan(secure=True)),
-    "unseeded noise": lambda f: f.header(noise="philox:system"),
+    "unseeded noise": lambda f: f.header(noise="aes256-ctr:system"),
     "no seed": lambda f: f.config.update(seed=None),
     "another seed": lambda f: f.config.update(seed=5),
     "another family": lambda f: f.config["recipe"].update(model="gan"),
@@ -528,6 +528,6 @@ def test_no_run_is_refused(tmp_path: Path) -> None:
 
 def test_a_refusal_is_a_refusal(folder: Path) -> None:
     forger = Forger(folder)
-    forger.header(noise="philox:system")
+    forger.header(noise="aes256-ctr:system")
     with pytest.raises(RefusedError):
         verify(forger.done())

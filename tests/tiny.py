@@ -12,7 +12,7 @@ import pandas as pd
 
 from dpsynth.data import Table
 from dpsynth.schema import Column, Schema
-from dpsynth.training.fleet import Recipe, Seat
+from dpsynth.training.recipe import Recipe, Seat
 
 __all__ = ["OPTIONS", "ROWS", "SCHEMA", "frame", "recipe", "seat", "table"]
 

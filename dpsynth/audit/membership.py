@@ -14,9 +14,9 @@ from scipy import special, stats
 
 from dpsynth.audit.attacks import ATTACKS, DIAGNOSTICS, blind
 from dpsynth.audit.ceiling import Ceiling
-from dpsynth.audit.neighbours import resolve
 from dpsynth.checks import UsageError, check_count, check_fraction
 from dpsynth.data import Table
+from dpsynth.devices import resolve
 
 __all__ = [
     "AttackResult",

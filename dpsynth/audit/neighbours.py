@@ -13,9 +13,10 @@ from torch.nn.functional import pad
 
 from dpsynth.checks import UsageError, check_choice, check_count
 from dpsynth.data import Table
+from dpsynth.devices import resolve
 from dpsynth.schema import Schema
 
-__all__ = ["Features", "distances", "quantile_map", "range_map", "resolve"]
+__all__ = ["Features", "distances", "quantile_map", "range_map"]
 
 # Stands for a missing number: farther than 1 from all of [0, 1], and differences are cut at 1.
 MISSING = 2.0
@@ -168,15 +169,6 @@ def distances(
         own = torch.full((len(keys),), -1, device=place)
         own[kept] = torch.arange(len(kept), device=place)
     return _Search(asked, known, own, queries.levels, k, power).run()
-
-
-def resolve(device: str) -> torch.device:
-    """The device named `cpu`, `cuda` or `auto`; one that is not there is refused."""
-    check_choice("device", device, ("auto", "cpu", "cuda"))
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
-        raise UsageError("device=cuda: no GPU is visible to torch; use device=cpu")
-    return torch.device("cuda" if there and device != "cpu" else "cpu")
 
 
 def _check_features(queries: Features, keys: Features) -> None:

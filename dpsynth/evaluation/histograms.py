@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpsynth.checks import UsageError, check_choice
+from dpsynth.checks import UsageError
+from dpsynth.devices import resolve
 
-__all__ = ["DENSE_CELLS", "counted", "histograms", "resolve"]
+__all__ = ["DENSE_CELLS", "counted", "histograms"]
 
 DENSE_CELLS = 1 << 22  # contingency tables up to here are counted densely, larger ones by sorting
 # Cells of a joint counted for the sake of several subsets: few enough to stay near the core.
@@ -20,15 +21,6 @@ SHARED_CELLS = 1 << 15
 # Cell numbers held at once, unless one joint alone has more, and cells counted at once.
 ENTRIES = {"cpu": 1 << 18, "cuda": 1 << 27}
 LARGEST = 2**63 - 1
-
-
-def resolve(device: str) -> torch.device:
-    """The device named `cpu`, `cuda` or `auto`; one that is not there is refused."""
-    check_choice("device", device, ("auto", "cpu", "cuda"))
-    there = torch.cuda.is_available()
-    if device == "cuda" and not there:
-        raise UsageError("device=cuda: no GPU is visible to torch; use device=cpu")
-    return torch.device("cuda" if there and device != "cpu" else "cpu")
 
 
 def histograms(

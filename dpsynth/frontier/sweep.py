@@ -7,8 +7,7 @@ import hashlib
 import math
 import multiprocessing
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -30,6 +29,7 @@ from dpsynth.audit.membership import LEAST
 from dpsynth.baselines import controls
 from dpsynth.checks import UsageError, check_count
 from dpsynth.data import Split, Table
+from dpsynth.devices import resolve
 from dpsynth.evaluation import Report, evaluate, floors
 from dpsynth.frontier import results
 from dpsynth.privacy.ledger import Ledger
@@ -38,9 +38,9 @@ from dpsynth.randomness import FleetRng, derive, stream
 from dpsynth.release.card import card
 from dpsynth.release.page import overlays, page
 from dpsynth.release.verify import PROFILE
-from dpsynth.training.callbacks import default_callbacks
 from dpsynth.training.expected import expected_events
-from dpsynth.training.fleet import FAMILIES, Recipe, Seat, check_seat, plan_of, train_fleet
+from dpsynth.training.grid import FleetLoggers, Grid, Member
+from dpsynth.training.recipe import FAMILIES, Recipe, Seat, check_seat, plan_of
 from dpsynth.training.run import Run
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "data_name",
     "finished_runs",
     "gather",
+    "make_runs",
     "run_facts",
     "run_sweep",
     "unit_name",
@@ -70,9 +71,10 @@ class Judging:
         max_rows: Most rows that the trees of TSTR and C2ST are fitted to; `None` for all.
         max_candidates: Most membership candidates, members and holdout together.
         draws: Evaluations of a white-box loss that are averaged.
-        reference_model: Whether each fleet trains one more run on the attacker's rows, whose loss
+        reference_model: Whether each recipe trains one more run on the attacker's rows, whose loss
             is subtracted from the white-box scores.
         seed: Of every random choice in judging, the same for all runs so that they are paired.
+        device: Where tables are compared: `cpu`, `cuda` or `auto`; the figures are the same.
         apart: Whether figures go to `private/` instead of beside the run, so that everything under
             `runs/` is covered by its ε and may be published.
     """
@@ -82,6 +84,7 @@ class Judging:
     draws: int = 8
     reference_model: bool = True
     seed: int = 0
+    device: str = "auto"
     apart: bool = False
 
     def __post_init__(self) -> None:
@@ -90,6 +93,7 @@ class Judging:
         check_count("max_candidates", self.max_candidates, least=2 * LEAST)
         check_count("draws", self.draws)
         check_count("seed of judging", self.seed, least=0)
+        resolve(self.device)
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,29 @@ class _Bench:
     sweep: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """What a sweep has to do.
+
+    Attributes:
+        grid: Points and reference models to train.
+        points: By name.
+        reference: Name of each point's reference model, if it has one.
+        missing: Names of points that are neither finished nor taken away.
+    """
+
+    grid: Grid
+    points: Mapping[str, Point]
+    reference: Mapping[str, str]
+    missing: tuple[str, ...]
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """What must be trained before the missing points can be judged."""
+        models = (self.reference[name] for name in self.missing if name in self.reference)
+        return frozenset({*self.missing, *models})
+
+
 def run_sweep(
     points: Sequence[Point],
     split: Split,
@@ -159,11 +186,13 @@ def run_sweep(
     logger: LoggerOf = lambda _: False,
     workers: int | None = None,
     with_controls: bool = True,
+    memory: float | None = None,
 ) -> pd.DataFrame:
     """Train, judge and write every point that is not there yet.
 
-    Points of one recipe train as one fleet. A killed sweep goes on where it stopped: finished runs
-    are left alone, a half-trained fleet resumes from its last checkpoint.
+    Points train in as few fleets as fit into memory (`dpsynth.training.packing`). A killed sweep
+    goes on where it stopped: finished runs are left alone, a half-trained fleet resumes from its
+    last checkpoint.
 
     Args:
         points: The grid.
@@ -177,9 +206,57 @@ def run_sweep(
         logger: Makes the logger of one fleet from a folder.
         workers: Judging processes; by default one a core.
         with_controls: Whether to judge the known-answer controls too.
+        memory: GiB that fleets may fill; by default most of what is free.
 
     Returns:
         The results, one row a run; none where figures are kept apart and there are none.
+    """
+    make_runs(
+        points,
+        split,
+        folder,
+        data=data,
+        judging=judging,
+        console=console,
+        loggers=lambda fleet, _: logger(folder / "logs" / fleet),
+        workers=workers,
+        with_controls=with_controls,
+        memory=memory,
+    )
+    try:
+        return gather(folder)
+    except UsageError:
+        if not judging.apart:
+            raise
+        return pd.DataFrame()  # whether there are figures is for the custodian to see
+
+
+def make_runs(
+    points: Sequence[Point],
+    split: Split,
+    folder: Path,
+    *,
+    data: str,
+    judging: Judging,
+    console: Console,
+    loggers: FleetLoggers,
+    workers: int | None = None,
+    with_controls: bool = True,
+    memory: float | None = None,
+    alone: bool = False,
+    taken: Collection[str] = (),
+    faults: dict[str, UsageError] | None = None,
+) -> None:
+    """What `run_sweep` does before it gathers results.
+
+    Args:
+        points, split, folder, data, judging, console, workers, with_controls, memory: As there.
+        loggers: Makes the loggers of one fleet.
+        alone: Whether each run is judged as if it were the only one: by a reference model of its
+            own seed, and without a word on what publishing all of them costs.
+        taken: Names of finished points whose runs are no longer in the folder.
+        faults: Takes what went wrong by the name of a point, while the others go on; if not given,
+            the first fault ends all.
     """
     names = [point.name for point in points]
     if len(set(names)) < len(names):
@@ -194,33 +271,51 @@ def run_sweep(
         if not judging.apart:
             raise
         bench = _faulty(split, data, judging, str(error))
-    bench = replace(bench, sweep=_published(points, split.members))
-    (folder / "private").mkdir(parents=True, exist_ok=True)
+    if not alone:
+        bench = replace(bench, sweep=_published(points, split.members))
+    work = _work(points, bench, folder, alone, taken, memory)
+    fleets, notes = work.grid.fleets(work.needed)
+    _say(work, fleets, notes, console)
+    work.grid.keep(fleets)
     (folder / "private" / "data").write_text(_digest(split))
-    cores = os.cpu_count() or 1
-    before = torch.get_num_threads()
-    with (
-        _judges(bench, workers or cores, console) as submit,
-        threadpool_limits(max(1, cores // 2)),
-    ):
-        torch.set_num_threads(max(1, cores // 2))
-        try:
-            wanted = with_controls and not bench.fault
-            jobs = _submit_controls(bench, folder, points, submit) if wanted else []
-            for recipe, fleet in _fleets(points):
-                jobs += _train(recipe, fleet, bench, folder, submit, console, logger)
-            console.print(f"waiting for {sum(not job.done() for job in jobs)} judgements")
-            for job in jobs:
+    with _threads(), _judges(bench, workers or os.cpu_count() or 1, console) as submit:
+        wanted = with_controls and not bench.fault
+        jobs = _submit_controls(bench, folder, points, submit) if wanted else {}
+        failed = {} if faults is None else faults
+        jobs |= _submit_ready(work, jobs, failed, folder, submit)
+        for fleet in fleets:
+            with _noting(fleet, failed, faults is None):
+                _train(work, fleet, data, console, loggers)
+            jobs |= _submit_ready(work, jobs, failed, folder, submit)
+        console.print(f"waiting for {sum(not job.done() for job in jobs.values())} judgements")
+        for name, job in jobs.items():
+            with _noting([name], failed, faults is None):
                 job.result()  # an error in a judge is an error of the sweep
+    if not faults:
+        work.grid.forget()
+
+
+@contextlib.contextmanager
+def _threads() -> Iterator[None]:
+    """Half the cores for training, the rest for judging meanwhile."""
+    half, before = max(1, (os.cpu_count() or 1) // 2), torch.get_num_threads()
+    with threadpool_limits(half):
+        torch.set_num_threads(half)
+        try:
+            yield
         finally:
             torch.set_num_threads(before)
-    shutil.rmtree(folder / "private" / "fleets", ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _noting(names: Sequence[str], faults: dict[str, UsageError], strict: bool) -> Iterator[None]:
+    """Keep an error as the fault of these runs; `strict` lets it pass on."""
     try:
-        return gather(folder)
-    except UsageError:
-        if not judging.apart:
+        yield
+    except UsageError as error:
+        if strict:
             raise
-        return pd.DataFrame()  # whether there are figures is for the custodian to see
+        faults |= dict.fromkeys(names, error)
 
 
 def data_name(folder: Path) -> str:
@@ -292,58 +387,85 @@ def _finished(folder: Path, part: str) -> list[Path]:
 # -- training ------------------------------------------------------------------------------------
 
 
-def _fleets(points: Sequence[Point]) -> list[tuple[Recipe, list[Point]]]:
-    """Points by recipe, in order of appearance."""
-    fleets: list[tuple[Recipe, list[Point]]] = []
+def _work(
+    points: Sequence[Point],
+    bench: _Bench,
+    folder: Path,
+    alone: bool,
+    taken: Collection[str],
+    memory: float | None,
+) -> _Work:
+    """Points and, where judging wants them, one reference model a recipe, or (`alone`) a recipe
+    and seed; it has the seed of the first point it is for."""
+    members: dict[str, Member] = {}
+    reference: dict[str, str] = {}
+    seeds: dict[str, int | None] = {}
+    rows = bench.attacker
+    unknown = replace(rows.schema, expected_rows=None)  # the attacker counts its own rows
+    known = replace(rows, schema=unknown)
     for point in points:
-        for recipe, fleet in fleets:
-            if recipe == point.recipe:
-                fleet.append(point)
-                break
-        else:
-            fleets.append((point.recipe, [point]))
-    return fleets
+        seat = Seat(bench.split.members, point.epsilon, point.seed)
+        members[point.name] = Member(point.name, point.recipe, seat)
+        if not bench.judging.reference_model:
+            continue
+        seed = seeds.setdefault(f"{point.recipe.digest()}/{alone and point.seed}", point.seed)
+        name = "reference-" + Point(point.recipe, math.inf, seed).name
+        reference[point.name] = name
+        members[name] = Member(name, point.recipe, Seat(known, math.inf, seed, "reference"))
+    there = [p.name for p in points if (folder / "runs" / p.name / MANIFEST).is_file()]
+    missing = tuple(p.name for p in points if p.name not in {*there, *taken})
+    grid = Grid(members, folder / "private", memory)
+    return _Work(grid, {p.name: p for p in points}, reference, missing)
+
+
+def _say(
+    work: _Work, fleets: Sequence[Sequence[str]], notes: Sequence[str], console: Console
+) -> None:
+    """How many fleets, and why."""
+    there = len(work.points) - len(work.missing)
+    if not work.missing:
+        console.print(f"all {there} runs are there")
+        return
+    models = len(work.needed) - len(work.missing)
+    runs = _count(len(work.missing), "run")
+    runs += f" and {_count(models, 'reference model')}" if models else ""
+    done = f"; {_count(there, 'run')} done" if there else ""
+    console.print(f"{_count(len(fleets), 'fleet')} for {runs}{done}", soft_wrap=True)
+    for note in notes:
+        console.print(f"  {note}", soft_wrap=True)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _train(
-    recipe: Recipe,
-    fleet: Sequence[Point],
-    bench: _Bench,
+    work: _Work, fleet: tuple[str, ...], data: str, console: Console, loggers: FleetLoggers
+) -> None:
+    work.grid.train(fleet, work.needed, data=data, console=console, loggers=loggers)
+
+
+def _submit_ready(
+    work: _Work,
+    jobs: Mapping[str, Future[str]],
+    failed: dict[str, UsageError],
     folder: Path,
     submit: Submit,
-    console: Console,
-    logger: LoggerOf,
-) -> list[Future[str]]:
-    """Train one fleet if any of its runs is missing, and hand its runs to the judges."""
-    missing = [p for p in fleet if not (folder / "runs" / p.name / MANIFEST).is_file()]
-    if not missing:
-        console.print(f"{recipe.model}: all {len(fleet)} runs are there")
-        return []
-    digest = hashlib.sha256("/".join(p.name for p in fleet).encode()).hexdigest()[:8]
-    state = folder / "private" / "fleets" / f"{recipe.model}-{digest}"
-    trained = [state / point.name for point in fleet]
-    reference = state / "reference" if bench.judging.reference_model else None
-    wanted = trained if reference is None else [*trained, reference]
-    if not all((path / MANIFEST).is_file() for path in wanted):
-        seats = [Seat(bench.split.members, p.epsilon, p.seed) for p in fleet]
-        if reference is not None:
-            rows = bench.attacker
-            unknown = replace(rows.schema, expected_rows=None)  # the attacker counts its own rows
-            known = replace(rows, schema=unknown)
-            seats.append(Seat(known, math.inf, fleet[0].seed, "reference"))
-        runs = train_fleet(
-            recipe,
-            seats,
-            state=state,
-            logger=FAMILIES[recipe.model].trained and logger(folder / "logs" / state.name),
-            callbacks=default_callbacks(f"{recipe.model} ({len(fleet)} runs)", state, console),
-        )
-        for path, one in zip(wanted, runs, strict=True):
-            Run.of(one, data=bench.data).save(path)
-    return [
-        submit(_judge_run, state / p.name, reference, folder / "runs" / p.name, p.variant)
-        for p in missing
-    ]
+) -> dict[str, Future[str]]:
+    """Hand the judges every missing run that is trained, its reference model too."""
+    ready: dict[str, Future[str]] = {}
+    grid = work.grid
+    for name in work.missing:
+        reference = work.reference.get(name)
+        if reference in failed:
+            failed.setdefault(name, failed[reference])
+        wanted = [name] if reference is None else [name, reference]
+        if name in jobs or name in failed or not all(map(grid.is_trained, wanted)):
+            continue
+        source = None if reference is None else grid.trained(reference)
+        target, variant = folder / "runs" / name, work.points[name].variant
+        ready[name] = submit(_judge_run, grid.trained(name), source, target, variant)
+    return ready
 
 
 # -- judging -------------------------------------------------------------------------------------
@@ -365,6 +487,7 @@ def _bench(split: Split, data: str, judging: Judging) -> _Bench:
         split.holdout,
         target=split.members.schema.target,
         rng=stream(judging.seed, "floors"),
+        device=judging.device,
         max_rows=judging.max_rows,
     )
     size = min(judging.max_candidates // 2, len(split.members), len(split.holdout))
@@ -484,15 +607,15 @@ def _judge_control(name: str, seed: int, target: Path) -> str:
 
 def _submit_controls(
     bench: _Bench, folder: Path, points: Sequence[Point], submit: Submit
-) -> list[Future[str]]:
+) -> dict[str, Future[str]]:
     seeds = sorted({p.seed for p in points if p.seed is not None}) or [0]
     home = folder / ("private/controls" if bench.judging.apart else "controls")
-    return [
-        submit(_judge_control, name, seed, target)
+    return {
+        target.name: submit(_judge_control, name, seed, target)
         for name in CONTROLS
         for seed in seeds
         if not ((target := home / f"{name}-seed{seed}") / MANIFEST).is_file()
-    ]
+    }
 
 
 def _judge(
@@ -508,6 +631,7 @@ def _judge(
         train=split.members,
         holdout=split.holdout,
         rng=stream(judging.seed, "evaluate"),
+        device=judging.device,
         max_rows=judging.max_rows,
         floors=bench.floors,
     )
@@ -520,6 +644,7 @@ def _judge(
         ceiling=ceiling,
         max_candidates=judging.max_candidates,
         rng=stream(judging.seed, "audit", seed),
+        device=judging.device,
     )
     return report, attacked
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import lightning
 import torch
@@ -13,14 +13,17 @@ from torch import Tensor, nn
 
 from dpsynth.checks import RefusedError, UsageError, check_count, check_fraction, check_positive
 from dpsynth.codec import Layout
+from dpsynth.counter import CounterRng
 from dpsynth.draws import RecordRng
 from dpsynth.marginals import Marginals
+from dpsynth.models.captured import CapturedSteps
 from dpsynth.optimizers import FleetAdam
 from dpsynth.privacy.batches import PoissonBatches
 from dpsynth.privacy.clipping import expand
 from dpsynth.privacy.engine import PrivateEngine
 from dpsynth.privacy.plan import PrivacyPlan
 from dpsynth.randomness import FleetRng
+from dpsynth.rows import MappedRows
 
 __all__ = ["Generator"]
 
@@ -40,7 +43,7 @@ class Generator(lightning.LightningModule, ABC):
         lr: Learning rate, one for all runs or one each; constant, then decayed linearly over the
             last 30 % of a run's steps.
         average: Decay of the moving average of weights that is sampled from (post-processing).
-        block: Private steps a Lightning `training_step`.
+        block: Private steps a Lightning `training_step`; by default 10, or 200 where captured.
     """
 
     family: ClassVar[str]
@@ -63,12 +66,13 @@ class Generator(lightning.LightningModule, ABC):
         *,
         lr: float | Sequence[float] = 1e-3,
         average: float = 0.99,
-        block: int = 10,
+        block: int | None = None,
     ) -> None:
         super().__init__()
         check_count("runs", runs)
         check_fraction("average", average)
-        check_count("block", block)
+        if block is not None:
+            check_count("block", block)
         self.automatic_optimization = False
         self.layout, self.runs, self.decay, self.block = layout, runs, average, block
         self.lr = self.per_run("lr", lr)
@@ -110,7 +114,12 @@ class Generator(lightning.LightningModule, ABC):
         """What a white-box attacker would look at, low for a member (runs, batch)."""
         return self.record_loss(codes, rng)
 
-    def public_step(self, rng: FleetRng, step: int) -> None:
+    @property
+    def public_every(self) -> int:
+        """After how many private steps one `public_step` is due; 0 for never."""
+        return 0
+
+    def public_step(self, rng: FleetRng) -> None:
         """Training that touches no rows; families without one do nothing."""
 
     def averaged(self) -> nn.Module:
@@ -137,7 +146,9 @@ class Generator(lightning.LightningModule, ABC):
 
     def group_one_hot(self, group: Tensor) -> Tensor:
         """Target level as 0/1 features (runs, rows) -> (runs, rows, groups)."""
-        return nn.functional.one_hot(group, self.layout.groups).to(self.prior_logits.dtype)
+        shape = (*group.shape, self.layout.groups)
+        zero = torch.zeros(shape, dtype=self.prior_logits.dtype, device=group.device)
+        return zero.scatter_(-1, group[..., None], 1.0)
 
     def draw_groups(self, rows: int, rng: FleetRng, given: Mapping[int, int] | None) -> Tensor:
         """Target levels from the noisy prior, or the given one (runs, rows)."""
@@ -160,22 +171,26 @@ class Generator(lightning.LightningModule, ABC):
 
     def bind(
         self,
-        codes: Tensor,
+        codes: Tensor | MappedRows,
         batches: PoissonBatches,
         plans: Sequence[PrivacyPlan],
         rng: FleetRng,
         *,
         engine: str = "taps",
+        precision: str = "32",
+        captured: bool = False,
         ahead: Callable[[int, int], None] = lambda first, last: None,
     ) -> None:
         """Give the fleet its private rows, its plans and its randomness.
 
         Args:
-            codes: Encoded rows (runs, rows, D).
+            codes: Encoded rows (runs, rows, D), in memory or on disk.
             batches: The sampler; nothing but Poisson sampling fits the accountant.
             plans: One a run; a run whose steps are done keeps its weights until all are.
             rng: Keys of the runs.
             engine: How clipped sums are computed.
+            precision: Format of the products that sum gradients, one of `PRECISIONS`.
+            captured: Whether steps are recorded once and replayed; `rng` is then a `CounterRng`.
             ahead: Called with a range of steps before the first of them is taken.
 
         Raises:
@@ -190,7 +205,9 @@ class Generator(lightning.LightningModule, ABC):
             if q != plan.q:
                 raise RefusedError(f"sampler q={q}: the plan is accounted for q={plan.q}")
         self._codes, self._batches, self._plans, self._rng = codes, batches, list(plans), rng
-        self._mode, self._ahead = engine, ahead
+        self._mode, self._precision = engine, precision
+        self._captured, self._ahead = captured, ahead
+        self._replay: CapturedSteps | None = None
         self.total = max(plan.steps for plan in plans)
         self._average = copy.deepcopy(self.averaged()).requires_grad_(False)
 
@@ -223,14 +240,17 @@ class Generator(lightning.LightningModule, ABC):
             bound=[plan.bound for plan in self._plans],
             batch=[plan.q * plan.rows for plan in self._plans],
             mode=self._mode,
+            precision=self._precision,
         )
-        self._codes = self._codes.to(self.device)
+        if isinstance(self._codes, Tensor):
+            self._codes = self._codes.to(self.device)
         steps = [plan.steps for plan in self._plans]
         for optimizer in self._optimizers:
-            if len(set(steps)) > 1 and not isinstance(optimizer, FleetAdam):
+            apart = len(set(steps)) > 1 or self._captured
+            if apart and not isinstance(optimizer, FleetAdam):
                 raise UsageError(
-                    f"optimizer {type(optimizer).__name__}: cannot stop runs one by one; use "
-                    "FleetAdam, or the same number of steps for all runs"
+                    f"optimizer {type(optimizer).__name__}: cannot stop runs one by one or be "
+                    "captured; use FleetAdam, or the same steps for all runs and capture=false"
                 )
         self._steps = torch.tensor(steps, dtype=self.prior_logits.dtype, device=self.device)
 
@@ -249,7 +269,7 @@ class Generator(lightning.LightningModule, ABC):
         super().log(name, *args, **settings)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
-        """`block` private steps; `batch` carries no data, only how many steps to take at most.
+        """A block of private steps; `batch` carries no data, only how many to take at most.
 
         Lightning fetches one batch ahead, so what is left is counted here, where it is spent.
         """
@@ -258,30 +278,58 @@ class Generator(lightning.LightningModule, ABC):
         if first == last:
             return
         self._ahead(first, last)
+        if self._captured:
+            self._replayed().take(first, last)
+            return
         for step in range(first, last):
             self._private_step(step)
 
+    @property
+    def steps_a_block(self) -> int:
+        """Private steps a Lightning `training_step`."""
+        usual = 200 if getattr(self, "_captured", False) else 10
+        return self.block or usual
+
+    def _replayed(self) -> CapturedSteps:
+        """The recorded steps; recorded at the first, when a checkpoint has been restored."""
+        if self._replay is None:
+            assert isinstance(self._rng, CounterRng)
+            on_gpu = self.device.type == "cuda"
+            self._replay = CapturedSteps(self, self._rng, self.steps_a_block, compiled=on_gpu)
+        return self._replay
+
     def _private_step(self, step: int) -> None:
-        self._schedule(step)
         active = self._steps.cpu() > step
         for piece, (index, inside) in enumerate(self._batches.draw(self._rng, step)):
             inside = inside & active[:, None]
             records = inside.sum(1).tolist()
             draws = RecordRng(self._rng, f"draws:{piece}", step, records, inside.shape[1])
-            self._accumulate(index.to(self.device), inside.to(self.device), draws)
-        self._engine.step(self._rng, step)
-        self.public_step(self._rng.at("public", step), step)
+            self._accumulate(self._rows_at(index), inside.to(self.device), draws)
+        public = bool(self.public_every) and (step + 1) % self.public_every == 0
+        self._finish_step(step, self._rng, public=public)
+
+    def _finish_step(self, step: int | Tensor, rng: FleetRng, *, public: bool) -> None:
+        """Release the sum of the batch, move, and blend the weights in."""
+        self._schedule(step)
+        self._engine.step(rng, step)
+        if public:
+            self.public_step(rng.at("public", cast(int, step)))
         self._blend(step)
         self.completed += 1
 
-    def _accumulate(self, index: Tensor, inside: Tensor, draws: FleetRng) -> None:
-        """Add one piece of a batch, positions and which of them count (runs, width)."""
+    def _rows_at(self, index: Tensor) -> Tensor:
+        """Codes of the rows at these positions (runs, width) -> (runs, width, D)."""
+        if isinstance(self._codes, MappedRows):
+            return self._codes.take(index)
         run = torch.arange(self.runs, device=self.device)[:, None]
-        rows = self._codes[run, index].long()
+        return self._codes[run, index.to(self.device)].long()
+
+    def _accumulate(self, rows: Tensor, inside: Tensor, draws: FleetRng) -> None:
+        """Add one piece of a batch: codes (runs, width, D) and which of them count."""
         counts = inside.to(self.prior_logits.dtype)
         self._engine.accumulate(lambda: self.record_loss(rows, draws), counts)
 
-    def _schedule(self, step: int) -> None:
+    def _schedule(self, step: int | Tensor) -> None:
         """Give every optimizer the learning rates of this step; 0 for a run that is done."""
         left = ((self._steps - step) / (0.3 * self._steps).clamp_min(0.3)).clamp(0, 1)
         for optimizer in self._optimizers:
@@ -293,16 +341,17 @@ class Generator(lightning.LightningModule, ABC):
                     group["lr"] = rate * float(left[0])
 
     @torch.no_grad()
-    def _blend(self, step: int) -> None:
+    def _blend(self, step: int | Tensor) -> None:
         """EMA with a warm-up, so that the first weights do not linger; none of a run that is done.
 
         The first step's weights are taken whole.
         """
-        weight = 1 - min(self.decay, (1 + step) / (10 + step)) if step else 1.0
-        share = weight * (self._steps > step).to(self._steps.dtype)
+        at = torch.as_tensor(step, device=self.device)
+        weight = 1 - ((1 + at) / (10 + at)).clamp(max=self.decay)
+        share = torch.where(at > 0, weight, 1.0) * (self._steps > at)
         pairs = zip(self._average.parameters(), self.averaged().parameters(), strict=True)
         for average, value in pairs:
-            average.lerp_(value, expand(share, value))
+            average.lerp_(value, expand(share.to(value.dtype), value))
 
     def finish(self) -> None:
         """Sample from the averaged weights from now on, and let go of rows and optimizers."""
@@ -318,6 +367,7 @@ class Generator(lightning.LightningModule, ABC):
             "_optimizers",
             "_steps",
             "_ahead",
+            "_replay",
         ):
             if hasattr(self, name):
                 delattr(self, name)
@@ -325,17 +375,28 @@ class Generator(lightning.LightningModule, ABC):
 
     @torch.no_grad()
     def scores(self, codes: Tensor, rng: FleetRng, *, draws: int = 8, piece: int = 4096) -> Tensor:
-        """White-box membership scores, higher for a member (runs, rows): minus the mean of
-        `attack_loss` over `draws` evaluations."""
+        """White-box membership scores of all runs in one pass, higher for a member.
+
+        Args:
+            codes: Encoded rows of each run (runs, rows, D), or the same for all (1, rows, D).
+            rng: Keys of the runs; equal keys give all runs the same draws.
+            draws: Evaluations of the loss that are averaged.
+            piece: Rows at a time.
+
+        Returns:
+            Minus the mean of `attack_loss`, (runs, rows).
+        """
         check_count("draws", draws)
-        rows = codes.shape[1]
-        total = torch.zeros(self.runs, rows)
-        for draw in range(draws):
-            for start in range(0, rows, piece):
-                part = codes[:, start : start + piece]
+        check_count("piece", piece)
+        device = self.prior_logits.device
+        total = torch.zeros(self.runs, codes.shape[1], device=device)
+        for start in range(0, codes.shape[1], piece):
+            part = codes[:, start : start + piece].to(device)
+            part = part.expand(self.runs, -1, -1)
+            for draw in range(draws):
                 loss = self.attack_loss(part, rng.at(f"attack:{draw}", start))
-                total[:, start : start + piece] -= loss.cpu() / draws
-        return total
+                total[:, start : start + piece] -= loss / draws
+        return total.cpu()
 
     def chunks(self, rows: int, size: int = 8192) -> list[int]:
         """Sizes of the pieces that `rows` are sampled in."""

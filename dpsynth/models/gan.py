@@ -109,19 +109,21 @@ class Gan(Generator):
         """−D(x): a discriminator knows what it was shown (LOGAN, Hayes et al. 2019)."""
         return -self.network(self.layout.one_hot(codes, self.prior_logits.dtype)).squeeze(-1)
 
-    def public_step(self, rng: FleetRng, step: int) -> None:
-        """Every `ladder` discriminator steps, one generator step against it (touches no rows)."""
-        if (step + 1) % self.ladder:
-            return
+    @property
+    def public_every(self) -> int:
+        return self.ladder
+
+    def public_step(self, rng: FleetRng) -> None:
+        """One generator step against the discriminator (touches no rows)."""
         group = self.draw_groups(self.public_batch, rng, None)
         logits = self.logits(rng.normal(self.public_batch, self.latent), group)
         verdict = self.network(self._straight_through(logits, group, rng)).squeeze(-1)
-        optimizer = self._optimizers[1]
-        optimizer.zero_grad(set_to_none=True)
         loss = F.softplus(-verdict).mean(-1) + self.anchor * self._drift(logits, group)
-        loss.sum().backward()
-        optimizer.step()
-        self.network.zero_grad(set_to_none=True)
+        weights = list(self.generator.parameters())
+        for weight, gradient in zip(weights, torch.autograd.grad(loss.sum(), weights), strict=True):
+            weight.grad = gradient
+        self._optimizers[1].step()
+        self._optimizers[1].zero_grad(set_to_none=True)
 
     def _drift(self, logits: Tensor, group: Tensor) -> Tensor:
         """How far the batch's columns, given the target, are from the noisy tables (runs,):
@@ -143,7 +145,7 @@ class Gan(Generator):
                 blocks.append(self.group_one_hot(group))
                 continue
             soft = block.softmax(-1)
-            hard = F.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
+            hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
             blocks.append(hard + soft - soft.detach())
         return torch.cat(blocks, dim=-1)
 

@@ -50,7 +50,7 @@ class Ledger:
             the column named here.
         contributions: Most rows of one unit; 1 for records.
         relation: `add_remove`: a neighbouring table has one unit more or less.
-        noise: Where the noise comes from, e.g. `philox:seed` or `aes256-ctr:system`.
+        noise: Where the noise comes from, e.g. `aes256-ctr:seed` or `aes256-ctr:system`.
         sink: Called with every event before it counts; writes it where a crash cannot reach it.
         executed: What was done of what was paid.
         seal: sha256 of the files that the run was saved with.
@@ -60,7 +60,7 @@ class Ledger:
     unit: str = "record"
     contributions: int = 1
     relation: str = "add_remove"
-    noise: str = "philox:seed"
+    noise: str = "aes256-ctr:seed"
     sink: Callable[[Event], Event] | None = None
     executed: Executed = field(default_factory=Executed)
     seal: Mapping[str, str] = field(default_factory=dict)

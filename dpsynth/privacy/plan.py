@@ -185,7 +185,8 @@ class PrivacyPlan:
         """A ledger for this plan with nothing in it, `spent` not either.
 
         Args:
-            noise: Where the noise comes from, unless the plan is `secure`; by default `philox`.
+            noise: Where the noise comes from, unless the plan is `secure`; by default
+                `aes256-ctr`.
         """
         if self.secure and noise not in (None, SECURE_NOISE):
             raise UsageError(f"noise={noise}: the plan is secure, which is {SECURE_NOISE}")
@@ -194,7 +195,7 @@ class PrivacyPlan:
             unit=self.unit,
             contributions=self.contributions,
             relation=self.relation,
-            noise=SECURE_NOISE if self.secure else noise or "philox",
+            noise=SECURE_NOISE if self.secure else noise or "aes256-ctr",
         )
 
 

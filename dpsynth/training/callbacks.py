@@ -49,8 +49,13 @@ class SpentEpsilon(Callback):
         if tenth == self._logged:
             return
         self._logged = tenth
-        plans = {plan.epsilon: plan for plan in generator.plans if plan.private}
-        self.latest = {target: spent(plan, min(done, plan.steps)) for target, plan in plans.items()}
+        plans: list[PrivacyPlan] = []
+        self.latest = {}
+        for plan in generator.plans:
+            if plan.private and plan not in plans:
+                plans.append(plan)
+                paid = spent(plan, min(done, plan.steps))
+                self.latest[plan.epsilon] = max(paid, self.latest.get(plan.epsilon, 0.0))
         record = {f"epsilon/{target:g}": value for target, value in self.latest.items()}
         for logger in trainer.loggers:
             logger.log_metrics({"steps": float(done), **record}, step=done)

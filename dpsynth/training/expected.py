@@ -9,7 +9,7 @@ from dpsynth.marginals import Marginals
 from dpsynth.privacy.events import Event
 from dpsynth.privacy.plan import PrivacyPlan, gaussian_event
 from dpsynth.schema import Schema
-from dpsynth.training.fleet import FAMILIES, Recipe, codec_settings
+from dpsynth.training.recipe import FAMILIES, Recipe, codec_settings
 
 __all__ = ["expected_events"]
 

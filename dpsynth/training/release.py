@@ -7,7 +7,7 @@ import math
 from dpsynth.checks import RefusedError
 from dpsynth.privacy.plan import SECURE_NOISE
 from dpsynth.schema import Schema
-from dpsynth.training.fleet import Recipe
+from dpsynth.training.recipe import Recipe
 
 __all__ = ["check_release"]
 

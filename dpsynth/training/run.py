@@ -26,7 +26,8 @@ from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.plan import PrivacyPlan
 from dpsynth.sampling import parse_where, sample_table
 from dpsynth.schema import Schema
-from dpsynth.training.fleet import Recipe, Trained, build
+from dpsynth.training.fleet import Trained
+from dpsynth.training.recipe import Recipe, build
 
 __all__ = ["SEALED", "Run"]
 

@@ -19,11 +19,12 @@ from dpsynth.privacy.accounting import compose_epsilon
 from dpsynth.privacy.events import Event
 from dpsynth.privacy.plan import PrivacyPlan
 from dpsynth.privacy.selection import Selection
-from dpsynth.randomness import Stream, derive, fresh_key, secure_stream, stream
+from dpsynth.randomness import Stream, derive, fresh_key, keyed_stream, secure_stream
 from dpsynth.sampling import sample_table
 from dpsynth.schema import Column, Schema
 from dpsynth.training.expected import expected_events
-from dpsynth.training.fleet import Recipe, Seat, Trained, plan_of, train_fleet
+from dpsynth.training.fleet import Trained, train_fleet
+from dpsynth.training.recipe import Recipe, Seat, plan_of
 
 __all__ = ["Choice", "noisy_error", "pair_error", "select", "selected_events", "trial_epsilon"]
 
@@ -106,8 +107,8 @@ def select(table: Table, choice: Choice, *, seed: int | None = None) -> Trained:
         raise UsageError(
             f"seed={seed} with privacy.secure=true: secure noise has no seed; leave it out"
         )
-    key = fresh_key(secure=secure) if seed is None else derive(seed, "select")
-    rng = secure_stream(key, "trials") if secure else stream(key, "trials")
+    key = fresh_key() if seed is None else derive(seed, "select")
+    rng = secure_stream(key, "trials") if secure else keyed_stream(key, "trials")
     count = choice.selection.trials(rng)
     drawn = (rng.random(count) * len(choice.candidates)).astype(int)
     best: tuple[float, float] | None = None

@@ -17,7 +17,8 @@ from dpsynth.data import Table
 from dpsynth.privacy.accounting import compose_epsilon
 from dpsynth.schema import Column, Schema
 from dpsynth.training.canary import StepCanary
-from dpsynth.training.fleet import Recipe, Seat, Trained, train_fleet
+from dpsynth.training.fleet import Trained, train_fleet
+from dpsynth.training.recipe import Recipe, Seat
 
 ROWS, BATCH, STEPS, RUNS = 400, 4, 2000, 8
 EPSILONS = (1.0, 4.0, 10.0)
