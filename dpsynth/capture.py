@@ -43,11 +43,20 @@ def capture(
 
     with torch.no_grad(), _restored(state):
         graph: Callable[..., Any] = make_fx(_with_grad(traced))(*state)
+    _drop_marks(graph)
     _check(work, _call(graph, state), state)
     if compiled:
         graph = torch.compile(graph, fullgraph=True, dynamic=False)
     call = _call(graph, state)
     return _recorded(call, state) if state[0].is_cuda else call
+
+
+def _drop_marks(graph: Any) -> None:
+    """Take out the profiler's marks (torch's optimizers set them), which no compiler takes."""
+    for node in reversed(graph.graph.nodes):
+        if getattr(node.target, "namespace", None) == "profiler":
+            graph.graph.erase_node(node)
+    graph.recompile()
 
 
 def _call(graph: Callable[..., Any], state: Sequence[Tensor]) -> Callable[[], None]:

@@ -1,18 +1,35 @@
 """One step of a fleet of private runs against as many steps one after another.
 
-`python scripts/bench_fleet.py [--device cuda] [--quick] [--json FILE]`
+`python scripts/bench_fleet.py [--device cuda] [--captured] [--quick] [--json FILE]`
+
+Own steps move by `FleetAdam` and are recorded with `--captured`, those one after another too; then
+eight programs take turns, since each takes seconds to record; their weights stay in the cache, and
+that favours them over a fleet. Opacus' steps use `torch.optim.Adam` and cannot be recorded.
 """
 
 from __future__ import annotations
 
-import itertools
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmarking import Step, arguments, compare, finish, interleave, parser, target
+from benchmarking import (
+    Step,
+    arguments,
+    compare,
+    finish,
+    fleet_adam,
+    interleave,
+    keyed,
+    numbered,
+    parser,
+    recorded,
+    target,
+    within,
+)
 from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
@@ -23,7 +40,10 @@ from dpsynth.privacy.engine import PrivateEngine
 from dpsynth.randomness import FleetRng
 
 FLEET, ALONE, HOOKS, GHOST = "fleet", "own, one by one", "opacus hooks", "opacus ghost"
-PLAIN = "fleet, non-private"
+PLAIN, ONE, SHADOWS = "fleet, non-private", "one model", "shadow models"
+# Recorded programs that take turns where runs go one by one.
+PROGRAMS = 8
+_LARGE = (128, 512, 512, 128)
 
 
 @dataclass(frozen=True)
@@ -33,6 +53,7 @@ class Sizes:
     runs: int
     batch: int
     widths: tuple[int, ...]
+    precision: str = "32"
 
 
 class PlainMlp(nn.Module):
@@ -71,6 +92,7 @@ class Problem:
 
     sizes: Sizes
     device: str
+    captured: bool = False
 
     def __post_init__(self) -> None:
         rng = FleetRng(range(self.sizes.runs), device=self.device)
@@ -86,30 +108,47 @@ class Problem:
 
     def fleet(self, runs: Sequence[int], *, private: bool = True) -> Step:
         """One step of these runs."""
-        size, network = float(self.sizes.batch), self.network(runs)
-        rows, wanted = self.rows[list(runs)], self.wanted[list(runs)]
-        optimizer = torch.optim.Adam(network.parameters())
-        rng, steps = FleetRng(runs, device=self.device), itertools.count()
+        return within(self.sizes.precision, lambda: self._fleet(list(runs), private=private))
+
+    def _fleet(self, runs: list[int], *, private: bool) -> Step:
+        size, network, ones = float(self.sizes.batch), self.network(runs), [1.0] * len(runs)
+        rows, wanted = self.rows[runs], self.wanted[runs]
         counts = torch.ones(rows.shape[:2], device=self.device)
+        optimizer, data = fleet_adam(network), [rows, wanted, counts]
+        rng = keyed(runs, device=self.device, captured=self.captured)
 
         def losses() -> Tensor:
             return (network(rows) - wanted).square().mean(-1)
 
-        def plain() -> None:
+        def plain(step: Any) -> None:
             (losses().sum() / size).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
         if not private:
-            return plain
-        ones = [1.0] * len(runs)
-        engine = PrivateEngine(network, optimizer, sigma=ones, bound=ones, batch=[size] * len(runs))
+            return recorded(plain, [optimizer], data) if self.captured else numbered(plain)
+        engine = PrivateEngine(
+            network,
+            optimizer,
+            sigma=ones,
+            bound=ones,
+            batch=[size] * len(runs),
+            precision=self.sizes.precision,
+        )
 
-        def step() -> None:
+        def step(number: Any) -> None:
             engine.accumulate(losses, counts)
-            engine.step(rng, next(steps))
+            engine.step(rng, number)
 
-        return step
+        if self.captured:
+            return recorded(step, [optimizer], data, engine=engine)
+        return numbered(step)
+
+    def alone(self) -> Step:
+        """One step of every run, one after another."""
+        every = range(self.sizes.runs)
+        made = [self.fleet([run]) for run in (every[:PROGRAMS] if self.captured else every)]
+        return one_by_one([made[run % len(made)] for run in every])
 
     def hooks(self, run: int) -> Step:
         """One step of Opacus' default engine."""
@@ -157,13 +196,13 @@ def one_by_one(steps: Sequence[Step]) -> Step:
     return step
 
 
-def variants(sizes: Sizes, device: str) -> dict[str, Step]:
+def variants(problem: Problem) -> dict[str, Step]:
     """The same runs in every way."""
-    problem, runs = Problem(sizes, device), range(sizes.runs)
+    runs = range(problem.sizes.runs)
     return {
         FLEET: problem.fleet(runs),
         PLAIN: problem.fleet(runs, private=False),
-        ALONE: one_by_one([problem.fleet([run]) for run in runs]),
+        ALONE: problem.alone(),
         GHOST: one_by_one([problem.ghost(run) for run in runs]),
         HOOKS: one_by_one([problem.hooks(run) for run in runs]),
     }
@@ -172,29 +211,61 @@ def variants(sizes: Sizes, device: str) -> dict[str, Step]:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark; returns what `--json` writes."""
     chosen = arguments(parser(str(__doc__).splitlines()[0]), argv)
-    rounds = chosen.rounds or (2 if chosen.quick else 15)
-    sizes = Sizes(2, 4, (4, 8, 8, 4)) if chosen.quick else Sizes(32, 256, (64, 128, 128, 64))
-    steps = variants(sizes, chosen.device)
-    least = 1.0 if chosen.quick else 20.0
-    times = interleave(steps, device=chosen.device, rounds=rounds, least_ms=least)
-    results = compare(times, FLEET, runs=sizes.runs, batch=sizes.batch)
+    chosen.rounds = chosen.rounds or (2 if chosen.quick else 15)
+    quick, cuda = chosen.quick, chosen.device == "cuda"
+    small = Sizes(2, 4, (4, 8, 8, 4)) if quick else Sizes(32, 256, (64, 128, 128, 64))
+    shadows = Sizes(3, 4, small.widths) if quick else Sizes(64, 256, small.widths)
+    large = Sizes(2, 4, (8, 16, 16, 8), "tf32") if quick else Sizes(32, 1024, _LARGE, "tf32")
+    results = _timed(small, variants(Problem(small, chosen.device, chosen.captured)), FLEET, chosen)
     ratio = {row["name"]: row["ratio"]["median"] for row in results}
-    whole = next(row["ms"]["median"] for row in results if row["name"] == FLEET)
-    cuda = chosen.device == "cuda"
+    speed = small.runs * small.batch / results[0]["ms"]["median"] * 1e3
     targets = [
         target("opacus hooks / fleet", ratio[HOOKS], least=100 if cuda else 8),
         target("opacus ghost / fleet", ratio[GHOST], least=60 if cuda else 2.5),
     ]
-    if cuda:
-        targets.append(target("own, one by one / fleet", ratio[ALONE], least=10))
-    return finish(
-        "fleet",
-        chosen,
-        results,
-        sizes={**vars(sizes), "rounds": rounds},
-        examples_a_second=sizes.runs * sizes.batch / whole * 1e3,
-        targets=targets,
+    # A CPU is bound by its arithmetic, so there runs together take as long as runs in turn.
+    if cuda or quick:
+        both, apart = _shadow_rows(shadows, chosen), _large_rows(large, chosen)
+        results += both + apart
+        if cuda and not quick:
+            targets += [
+                target("own, one by one / fleet", ratio[ALONE], least=10),
+                target("own, one by one / fleet, .39 M weights, tf32", _last(apart), least=3),
+                target("examples a second, small, 32 runs", speed, least=4e7),
+                target("64 shadow models / one model", _last(both), most=6),
+            ]
+    sizes = {**vars(small), "shadows": shadows.runs, "large": vars(large), "rounds": chosen.rounds}
+    return finish("fleet", chosen, results, sizes=sizes, examples_a_second=speed, targets=targets)
+
+
+def _timed(
+    sizes: Sizes, steps: dict[str, Step], base: str, chosen: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Rows of these steps, taking turns."""
+    least = 1.0 if chosen.quick else 20.0
+    times = interleave(steps, device=chosen.device, rounds=chosen.rounds, least_ms=least)
+    widths = "-".join(map(str, sizes.widths))
+    case = {"runs": sizes.runs, "batch": sizes.batch, "net": widths, "precision": sizes.precision}
+    return compare(times, base, **case)
+
+
+def _shadow_rows(sizes: Sizes, chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """An attacker's fleet against one model."""
+    problem = Problem(sizes, chosen.device, chosen.captured)
+    steps = {ONE: problem.fleet([0]), SHADOWS: problem.fleet(range(sizes.runs))}
+    return _timed(sizes, steps, ONE, chosen)
+
+
+def _large_rows(sizes: Sizes, chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """A fleet whose products fill a GPU, against its runs one after another."""
+    problem = Problem(sizes, chosen.device, chosen.captured)
+    return _timed(
+        sizes, {FLEET: problem.fleet(range(sizes.runs)), ALONE: problem.alone()}, FLEET, chosen
     )
+
+
+def _last(rows: list[dict[str, Any]]) -> float:
+    return rows[-1]["ratio"]["median"]
 
 
 if __name__ == "__main__":

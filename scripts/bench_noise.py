@@ -1,4 +1,4 @@
-"""Time one normal draw: Philox and AES-256, float32 and float64, and a private release of a sum.
+"""Time one normal draw: numpy's by Philox, ours by AES-256, and a private release of a sum.
 
 `python scripts/bench_noise.py [--draws N] [--rounds N] [--json FILE]`; one thread, interleaved.
 """
@@ -40,17 +40,26 @@ def main() -> None:
 
 def cases(draws: int) -> dict[str, Callable[[], object]]:
     """What is timed, each for `draws` numbers."""
-    key = fresh_key(secure=True)
+    key = fresh_key()
     philox, secure = stream(key, "bench"), secure_stream(key, "bench")
+    fleet = FleetRng([key]).at("bench")
     return {
         "philox float32": lambda: philox.standard_normal(draws, np.float32),
         "philox float64": lambda: philox.standard_normal(draws),
         "aes256 float32": lambda: secure.standard_normal(draws, np.float32),
         "aes256 float64": lambda: secure.standard_normal(draws),
         "aes256 uniform": lambda: secure.random(draws),
-        "release, philox": releases(draws, FleetRng([key])),
-        "release, aes256": releases(draws, FleetRng([key], secure=True)),
+        "fleet float64": lambda: fleet.normal(draws, dtype=torch.float64),
+        "fleet of 32, float64": fleet_of(32, draws),
+        "release": releases(draws, FleetRng([key])),
+        "release, secure": releases(draws, FleetRng([key], secure=True)),
     }
+
+
+def fleet_of(runs: int, draws: int) -> Callable[[], object]:
+    """As many draws, of several runs together."""
+    fleet = FleetRng(range(runs)).at("bench")
+    return lambda: fleet.normal(draws // runs, dtype=torch.float64)
 
 
 def releases(weights: int, rng: FleetRng) -> Callable[[], object]:

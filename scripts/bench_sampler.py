@@ -1,37 +1,85 @@
 """One Poisson batch's positions, and its rows, at growing tables: dpsynth's sampler and Opacus'.
 
-`python scripts/bench_sampler.py [--device cuda] [--quick] [--json FILE]`
+`python scripts/bench_sampler.py [--device cuda] [--captured] [--quick] [--json FILE]`
+
+With `--captured` there is also the draw of recorded steps, to which the limit then applies: a block
+of batches is drawn on the device, then the host looks once whether one was too long.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from benchmarking import Step, arguments, compare, finish, interleave, parser, ratios, target
+from benchmarking import (
+    Step,
+    arguments,
+    compare,
+    finish,
+    interleave,
+    numbered,
+    parser,
+    ratios,
+    target,
+)
 from opacus.data_loader import DPDataLoader
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch.utils.data import TensorDataset
 
+from dpsynth.codec import Layout
+from dpsynth.counter import CounterRng
+from dpsynth.models.captured import CapturedSteps
+from dpsynth.models.vae import Vae
 from dpsynth.privacy.batches import PoissonBatches
+from dpsynth.privacy.plan import NoPrivacy
 from dpsynth.randomness import FleetRng
 
-OWN, SAMPLER, LOADER = "dpsynth", "opacus sampler", "opacus loader"
+OWN, RECORDED = "dpsynth", "dpsynth, captured"
+SAMPLER, LOADER = "opacus sampler", "opacus loader"
 COLUMNS = 10
+# Recorded batches that are drawn ahead.
+BLOCK = 200
 
 
 def own(rows: int, runs: int, batch: int, device: str) -> Step:
     """Positions of a batch of every run, where the table is."""
     batches = PoissonBatches([rows] * runs, [batch / rows] * runs, piece=2 * batch)
-    rng, steps = FleetRng(range(runs), device=device), itertools.count()
+    rng = FleetRng(range(runs), device=device)
 
-    def step() -> list[tuple[torch.Tensor, torch.Tensor]]:
-        drawn = batches.draw(rng, next(steps))
+    def step(number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        drawn = batches.draw(rng, number)
         return [(index.to(device), inside.to(device)) for index, inside in drawn]
 
-    return step
+    return numbered(step)
+
+
+def recorded_own(rows: int, runs: int, batch: int, device: str) -> Step:
+    """The same as recorded steps draw them."""
+    model, rng = (
+        Vae(Layout((2,), None), runs, hidden=(2,)).to(device),
+        CounterRng(range(runs), device=device),
+    )
+    batches = PoissonBatches([rows] * runs, [batch / rows] * runs, piece=2 * batch)
+    plans = [NoPrivacy(rows, batch=batch, steps=10**9).calibrate()] * runs
+    # Rows that are not looked at take no memory.
+    codes = torch.zeros(1, dtype=torch.int16, device=device).expand(runs, rows, 1)
+    model.bind(codes, batches, plans, rng, captured=True)
+    model.optimizers = lambda **_: model.configure_optimizers()  # type: ignore[method-assign]
+    model.on_fit_start()
+    ahead = CapturedSteps(model, rng, BLOCK, compiled=device == "cuda")
+    draw = ahead._program("draw", ahead._draw)
+
+    def step(number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        slot = number % BLOCK
+        if slot == 0:
+            ahead._more.tolist()
+            ahead._base.fill_(number)
+            ahead._ahead.fill_(number)
+        draw()
+        return [(ahead._index[slot], ahead._inside[slot])]
+
+    return numbered(step)
 
 
 def opacus_sampler(rows: int, runs: int, batch: int, device: str) -> Step:
@@ -66,7 +114,12 @@ def _endless_batches(table: torch.Tensor, batch: int) -> Iterator[torch.Tensor]:
             yield rows
 
 
-VARIANTS = {OWN: own, SAMPLER: opacus_sampler, LOADER: opacus_loader}
+VARIANTS = {
+    OWN: own,
+    RECORDED: recorded_own,
+    SAMPLER: opacus_sampler,
+    LOADER: opacus_loader,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -76,29 +129,31 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     rounds = chosen.rounds or (2 if quick else 7)
     tables = (100, 1000) if quick else (10_000, 100_000, 1_000_000, 10_000_000)
     batch, fleets = (10, (1, 2)) if quick else (1024, (1, 32))
+    names = [name for name in VARIANTS if chosen.captured or name != RECORDED]
+    judged = RECORDED if chosen.captured else OWN
     results, targets, flatness = [], [], []
     for runs in fleets:
         steps = {
             f"{name} {rows}": VARIANTS[name](rows, runs, batch, device)
             for rows in tables
-            for name in VARIANTS
+            for name in names
         }
         least = 1.0 if quick else 20.0
         times = interleave(steps, device=device, rounds=rounds, least_ms=least)
         for rows in tables:
-            part = {name: times[f"{name} {rows}"] for name in VARIANTS}
+            part = {name: times[f"{name} {rows}"] for name in names}
             results += compare(part, OWN, rows=rows, runs=runs)
-        for name in VARIANTS:
+        for name in names:
             flat = ratios(times, f"{name} {tables[-1]}", f"{name} {tables[0]}")
             flatness.append({"name": name, "runs": runs, "ratio": flat})
-        what = f"{OWN}, {runs} runs: N={tables[-1]:g} / N={tables[0]:g}"
-        targets.append(target(what, _own(flatness, runs), most=1.10))
+        what = f"{judged}, {runs} runs: N={tables[-1]:g} / N={tables[0]:g}"
+        targets.append(target(what, _flat(flatness, judged, runs), most=1.10))
     sizes = {"rows": list(tables), "batch": batch, "runs": list(fleets), "rounds": rounds}
     return finish("sampler", chosen, results, sizes=sizes, flatness=flatness, targets=targets)
 
 
-def _own(flatness: Sequence[dict[str, Any]], runs: int) -> float:
-    mine = (row for row in flatness if row["name"] == OWN and row["runs"] == runs)
+def _flat(flatness: Sequence[dict[str, Any]], name: str, runs: int) -> float:
+    mine = (row for row in flatness if row["name"] == name and row["runs"] == runs)
     return next(mine)["ratio"]["median"]
 
 

@@ -1,13 +1,17 @@
 """Time and memory of one private step against the same step without privacy.
 
-`python scripts/bench_step.py [--device cuda] [--quick] [--json FILE] [--profile FILE]`
+`python scripts/bench_step.py [--device cuda] [--captured] [--quick] [--json FILE] [--profile FILE]`
+
+The private step and the one it is compared with use the same optimizer, dpsynth's `FleetAdam`
+(torch's fused kernel on a CPU), and are both recorded or both not. Opacus' rows use
+`torch.optim.Adam`, as its user would, and are never recorded: they cannot be. On a CPU the private
+step is also held against a plain step with `torch.optim.Adam` as it comes.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +19,19 @@ import torch
 from benchmarking import (
     Step,
     arguments,
-    compare,
     difference,
     finish,
+    fleet_adam,
     interleave,
+    keyed,
     memories,
+    numbered,
     parser,
+    ratios,
+    recorded,
     spread,
     target,
+    within,
 )
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -31,11 +40,15 @@ from dpsynth.codec import Layout
 from dpsynth.models.diffusion import Diffusion
 from dpsynth.models.gan import Gan
 from dpsynth.networks import Mlp
+from dpsynth.optimizers import FleetAdam
 from dpsynth.privacy.engine import PrivateEngine
 from dpsynth.randomness import FleetRng
 
-PLAIN = "non-private"
-MODES = (PLAIN, "taps", "opacus_hooks", "opacus_ghost")
+PLAIN, TORCH, TAPS = "non-private", "non-private, torch Adam", "taps"
+OPACUS = ("opacus_hooks", "opacus_ghost")
+# Own steps in shorter formats; what concerns the sum of gradients alone has no step of its own
+# without privacy.
+SHORT = ((PLAIN, "tf32"), (TAPS, "tf32"), (TAPS, "bf16"))
 
 
 @dataclass(eq=False)
@@ -44,97 +57,110 @@ class Workload:
 
     Attributes:
         network: What the step moves.
-        optimizer: Over its parameters.
+        optimizers: Over its parameters; further ones belong to what follows.
         losses: Unreduced loss (runs, batch) at a step number.
-        batch: Records.
-        device: Where all of it is.
+        data: Rows of the batch.
+        rng: What the noise is drawn from.
         after: What follows the step without touching rows; a GAN's generator.
     """
 
     network: nn.Module
-    optimizer: torch.optim.Optimizer
-    losses: Callable[[int], Tensor]
-    batch: int
-    device: str
-    after: Callable[[int], None] = lambda step: None
-    rng: FleetRng = field(init=False)
+    optimizers: list[torch.optim.Optimizer]
+    losses: Callable[[Any], Tensor]
+    data: list[Tensor]
+    rng: FleetRng
+    after: Callable[[Any], None] = lambda step: None
 
-    def __post_init__(self) -> None:
-        self.rng = FleetRng([1], device=self.device)
-        self.steps = itertools.count()
+    @property
+    def batch(self) -> int:
+        """Records."""
+        return self.data[0].shape[1]
 
-    def step(self, mode: str) -> Step:
+    def step(self, mode: str, *, precision: str = "32", captured: bool = False) -> Step:
         """The whole step in this mode: forward, backward, clipping, noise, optimizer."""
-        if mode == PLAIN:
-            return self._plain
-        engine, counts = self.engine(mode), torch.ones(1, self.batch, device=self.device)
+        if mode in (PLAIN, TORCH):
+            return self._made(self._plain, [], None, captured=captured)
+        engine = self.engine(mode, precision)
+        counts = torch.ones(1, self.batch, device=self.rng.device)
 
-        def private() -> None:
-            step = next(self.steps)
+        def private(step: Any) -> None:
             engine.accumulate(lambda: self.losses(step), counts)
             engine.step(self.rng, step)
             self.after(step)
 
-        return private
+        return self._made(private, [counts], engine, captured=captured)
 
-    def _plain(self) -> None:
-        step = next(self.steps)
+    def _made(
+        self, work: Any, further: list[Tensor], engine: PrivateEngine | None, *, captured: bool
+    ) -> Step:
+        if not captured:
+            return numbered(work)
+        moved = [o for o in self.optimizers if isinstance(o, FleetAdam)]
+        assert len(moved) == len(self.optimizers), "torch's own optimizers are not recorded"
+        return recorded(work, moved, [*self.data, *further], engine=engine)
+
+    def _plain(self, step: Any) -> None:
         (self.losses(step).sum() / self.batch).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizers[0].step()
+        self.optimizers[0].zero_grad(set_to_none=True)
         self.after(step)
 
-    def engine(self, mode: str) -> PrivateEngine:
+    def engine(self, mode: str, precision: str = "32") -> PrivateEngine:
         """With σ = C = 1."""
-        size = [float(self.batch)]
         return PrivateEngine(
-            self.network, self.optimizer, sigma=[1.0], bound=[1.0], batch=size, mode=mode
+            self.network,
+            self.optimizers[0],
+            sigma=[1.0],
+            bound=[1.0],
+            batch=[float(self.batch)],
+            mode=mode,
+            precision=precision,
         )
 
 
-def mlp(batch: int, device: str, quick: bool) -> Workload:
+def mlp(batch: int, rng: FleetRng, quick: bool) -> Workload:
     """Plain regression, nothing but matrix products."""
     widths = _widths(quick)
-    rng = FleetRng([0], device=device)
-    network = Mlp(1, widths).to(device)
+    network = Mlp(1, widths).to(rng.device)
     network.reset(rng, "mlp", zero=False)
     rows, wanted = (rng.at(name).normal(batch, widths[0]) for name in ("rows", "wanted"))
-    optimizer = torch.optim.Adam(network.parameters())
     return Workload(
-        network, optimizer, lambda _: (network(rows) - wanted).square().mean(-1), batch, device
+        network,
+        [fleet_adam(network)],
+        lambda step: (network(rows) - wanted).square().mean(-1),
+        [rows, wanted],
+        rng,
     )
 
 
-def diffusion(batch: int, device: str, quick: bool) -> Workload:
+def diffusion(batch: int, rng: FleetRng, quick: bool) -> Workload:
     """Masked diffusion, four draws a record inside one clipped contribution."""
-    layout, codes = _rows(batch, device, quick)
-    model = Diffusion(layout, 1, hidden=_hidden(quick), draws=4).to(device)
-    rng = FleetRng([0], device=device)
+    layout, codes = _rows(batch, rng.device, quick)
+    model = Diffusion(layout, 1, hidden=_hidden(quick), draws=4).to(rng.device)
     model.reset(rng)
-    optimizer = model.configure_optimizers()[0]
     return Workload(
         model.network,
-        optimizer,
+        model.configure_optimizers(),
         lambda step: model.record_loss(codes, rng.at("draws", step)),
-        batch,
-        device,
+        [codes],
+        rng,
     )
 
 
-def gan(batch: int, device: str, quick: bool) -> Workload:
+def gan(batch: int, rng: FleetRng, quick: bool) -> Workload:
     """Two networks: a private discriminator step, then a generator step (which sees no rows)."""
-    layout, codes = _rows(batch, device, quick)
-    model = Gan(layout, 1, hidden=_hidden(quick), ladder=1, public_batch=batch).to(device)
-    rng = FleetRng([0], device=device)
+    layout, codes = _rows(batch, rng.device, quick)
+    model = Gan(layout, 1, hidden=_hidden(quick), ladder=1, public_batch=batch).to(rng.device)
     model.reset(rng)
-    model._optimizers = model.configure_optimizers()  # Lightning would hand them over
+    # Lightning would hand them over; whatever is put in place of one moves the model.
+    model._optimizers = model.configure_optimizers()
     return Workload(
         model.network,
-        model._optimizers[0],
+        model._optimizers,
         lambda step: model.record_loss(codes, rng.at("draws", step)),
-        batch,
-        device,
-        lambda step: model.public_step(rng.at("public", step), step),
+        [codes],
+        rng,
+        lambda step: model.public_step(rng.at("public", step)),
     )
 
 
@@ -146,7 +172,7 @@ def _hidden(quick: bool) -> tuple[int, int]:
     return (16, 16) if quick else (512, 512)
 
 
-def _rows(batch: int, device: str, quick: bool) -> tuple[Layout, Tensor]:
+def _rows(batch: int, device: torch.device, quick: bool) -> tuple[Layout, Tensor]:
     """Ten columns, 128 levels in all, the last of them a binary target."""
     layout = Layout((2,) * 3, 2) if quick else Layout((14,) * 9 + (2,), 9)
     levels = torch.tensor(layout.levels, device=device)
@@ -154,16 +180,41 @@ def _rows(batch: int, device: str, quick: bool) -> tuple[Layout, Tensor]:
     return layout, (draws * levels).long()
 
 
-WORKLOADS: dict[str, Callable[[int, str, bool], Workload]] = {
+WORKLOADS: dict[str, Callable[[int, FleetRng, bool], Workload]] = {
     "mlp": mlp,
     "diffusion": diffusion,
     "gan": gan,
 }
 
 
-def build(workload: str, mode: str, batch: int, device: str, quick: bool) -> Step:
-    """A step of its own network."""
-    return WORKLOADS[workload](batch, device, quick).step(mode)
+def workload_of(
+    workload: str, batch: int, device: str, quick: bool, *, captured: bool = False
+) -> Workload:
+    """A network and its rows."""
+    return WORKLOADS[workload](batch, keyed([0], device=device, captured=captured), quick)
+
+
+def build(
+    workload: str,
+    mode: str,
+    batch: int,
+    device: str,
+    quick: bool,
+    precision: str = "32",
+    captured: bool = False,
+) -> Step:
+    """A step of its own network; one with torch's optimizer is not recorded."""
+    theirs = mode == TORCH or mode in OPACUS
+    captured = captured and not theirs
+    made = workload_of(workload, batch, device, quick, captured=captured)
+    if theirs:
+        made.optimizers[:] = [_torch_adam(optimizer) for optimizer in made.optimizers]
+    return within(precision, lambda: made.step(mode, precision=precision, captured=captured))
+
+
+def _torch_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Adam:
+    """torch's Adam as it comes, over the same parameters."""
+    return torch.optim.Adam([p for group in optimizer.param_groups for p in group["params"]])
 
 
 def split(batch: int, device: str, quick: bool, rounds: int) -> dict[str, Any]:
@@ -172,38 +223,38 @@ def split(batch: int, device: str, quick: bool, rounds: int) -> dict[str, Any]:
     `backward` is the plain one; `clipping` what a private gradient costs beyond it (norms and
     re-weighting); `noise` drawing, rounding and adding it.
     """
-    forward, both, moved, released = (mlp(batch, device, quick) for _ in range(4))
-    engine = released.engine("taps")
+    forward, both, moved, released = (workload_of("mlp", batch, device, quick) for _ in range(4))
+    engine = released.engine(TAPS)
     for parameter in moved.network.parameters():
         parameter.grad = torch.ones_like(parameter)
 
     def gradient() -> None:
         both.losses(0).sum().backward()
-        both.optimizer.zero_grad(set_to_none=True)
+        both.optimizers[0].zero_grad(set_to_none=True)
 
     steps: dict[str, Step] = {
         "forward": lambda: forward.losses(0),
         "gradient": gradient,
-        "adam": moved.optimizer.step,
+        "adam": moved.optimizers[0].step,
         # Without an accumulated batch, a step is noise and optimizer alone.
-        "release": lambda: engine.step(released.rng, next(released.steps)),
-        "taps": build("mlp", "taps", batch, device, quick),
+        "release": numbered(lambda step: engine.step(released.rng, step)),
+        TAPS: build("mlp", TAPS, batch, device, quick),
     }
     times = interleave(steps, device=device, rounds=rounds)
     return {
         "batch": batch,
-        "whole": spread(times["taps"]),
+        "whole": spread(times[TAPS]),
         "forward": spread(times["forward"]),
         "backward": difference(times, "gradient", "forward"),
-        "clipping": difference(times, "taps", "gradient", "release"),
+        "clipping": difference(times, TAPS, "gradient", "release"),
         "noise": difference(times, "release", "adam"),
         "adam": spread(times["adam"]),
     }
 
 
-def profiled(batch: int, device: str, quick: bool) -> str:
+def profiled(batch: int, device: str, quick: bool, *, captured: bool = False) -> str:
     """Operators of five `taps` steps, the slowest first."""
-    step = build("mlp", "taps", batch, device, quick)
+    step = build("mlp", TAPS, batch, device, quick, captured=captured)
     for _ in range(3):
         step()
     activities = [ProfilerActivity.CPU]
@@ -224,49 +275,105 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser(str(__doc__).splitlines()[0])
     options.add_argument("--profile", type=Path, default=None, help="text file for a profile")
     chosen = arguments(options, argv)
-    device, quick = chosen.device, chosen.quick
+    device, quick, captured = chosen.device, chosen.quick, chosen.captured
     rounds = chosen.rounds or (2 if quick else 15)
     batches = (4,) if quick else (256, 1024)
-    kinds = list(itertools.product(WORKLOADS, batches))
-    measured = [_measure(workload, batch, device, quick, rounds) for workload, batch in kinds]
-    results = [row for rows in measured for row in rows]
-    cases = [case for workload, batch in kinds for case in _cases(workload, batch, device, quick)]
-    _add_memory(results, memories(build, cases, device))
-    parts = [split(batch, device, quick, rounds) for batch in batches]
+    results, every = [], []
+    for workload, batch in _kinds(batches, device):
+        case = {"workload": workload, "batch": batch, "device": device, "quick": quick}
+        case["captured"] = captured
+        results += _measure(case, rounds)
+        every += _cases(case)
+    # A graph on a GPU keeps what it needs in a pool of its own, so memory is of the plain calls.
+    _add_memory(
+        results, every, memories(build, [{**each, "captured": False} for each in every], device)
+    )
+    parts = [] if captured else [split(batch, device, quick, rounds) for batch in batches]
     if chosen.profile is not None:
-        chosen.profile.write_text(profiled(batches[-1], device, quick))
+        chosen.profile.write_text(profiled(batches[-1], device, quick, captured=captured))
     sizes = {"widths": _widths(quick), "batches": list(batches), "rounds": rounds}
-    targets = [found for row in results if row["name"] == "taps" for found in _targets(row, device)]
+    targets = [found for row in results for found in _targets(row, device)]
     return finish("step", chosen, results, sizes=sizes, split=parts, targets=targets)
 
 
-def _cases(workload: str, batch: int, device: str, quick: bool) -> list[dict[str, Any]]:
-    case = {"workload": workload, "batch": batch, "device": device, "quick": quick}
-    return [{**case, "mode": mode} for mode in MODES]
+def _kinds(batches: Sequence[int], device: str) -> list[tuple[str, int]]:
+    """Workloads and batches; on a GPU, where every one is compiled, families at the largest."""
+    return [
+        (workload, batch)
+        for workload in WORKLOADS
+        for batch in (batches if workload == "mlp" or device == "cpu" else batches[-1:])
+    ]
 
 
-def _measure(workload: str, batch: int, device: str, quick: bool, rounds: int):
-    steps = {case["mode"]: build(**case) for case in _cases(workload, batch, device, quick)}
-    times = interleave(steps, device=device, rounds=rounds, least_ms=1.0 if quick else 20.0)
-    return compare(times, PLAIN, workload=workload, batch=batch)
+def _modes(case: dict[str, Any]) -> list[tuple[str, str]]:
+    """(mode, precision) of everything that takes turns."""
+    modes = [(mode, "32") for mode in (PLAIN, TAPS, *OPACUS)]
+    if case["device"] == "cpu" and not case["captured"]:
+        modes.append((TORCH, "32"))
+    if case["workload"] == "mlp" and (case["device"] == "cuda" or case["quick"]):
+        modes += SHORT
+    return modes
 
 
-def _add_memory(rows: list[dict[str, Any]], held: Sequence[dict[str, float] | None]) -> None:
+def _cases(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """What `build` is called with for each of them."""
+    return [{**case, "mode": mode, "precision": precision} for mode, precision in _modes(case)]
+
+
+def _measure(case: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
+    """Times of all modes, each against the plain step in its own products."""
+    modes, quick = _modes(case), case["quick"]
+    steps = {f"{each['mode']} {each['precision']}": build(**each) for each in _cases(case)}
+    times = interleave(steps, device=case["device"], rounds=rounds, least_ms=1.0 if quick else 20.0)
+    against = [(*each, PLAIN) for each in modes]
+    if (TORCH, "32") in modes:
+        against.append((TAPS, "32", TORCH))
+    rows = []
+    for mode, precision, base in against:
+        label, other = f"{mode} {precision}", f"{base} {_plain_format(precision)}"
+        row = {"workload": case["workload"], "batch": case["batch"], "precision": precision}
+        row |= {"against": base, "name": mode, "ms": spread(times[label])}
+        rows.append({**row, "ratio": ratios(times, label, other)})
+    return rows
+
+
+def _plain_format(precision: str) -> str:
+    """Of the step without privacy that has the same forward and backward products."""
+    return "32" if precision == "32" else "tf32"
+
+
+def _add_memory(
+    rows: Sequence[dict[str, Any]],
+    cases: Sequence[dict[str, Any]],
+    measured: Sequence[dict[str, float] | None],
+) -> None:
     """`memory_ratio` compares what a step needs in all, resting tensors included."""
-    base: dict[str, float] | None = None
-    for row, memory in zip(rows, held, strict=True):
-        base = memory if row["name"] == PLAIN else base
+
+    def key(of: dict[str, Any], mode: str, precision: str) -> tuple[Any, ...]:
+        return of["workload"], of["batch"], mode, precision
+
+    held = {
+        key(case, case["mode"], case["precision"]): memory
+        for case, memory in zip(cases, measured, strict=True)
+    }
+    for row in rows:
+        memory = held[key(row, row["name"], row["precision"])]
+        base = held[key(row, row["against"], _plain_format(row["precision"]))]
         row["memory"] = memory
         row["memory_ratio"] = sum(memory.values()) / sum(base.values()) if memory and base else None
 
 
-def _targets(taps: dict[str, Any], device: str) -> list[dict[str, Any]]:
-    """Limits of the private step, time and memory."""
-    what = f"{taps['workload']} B={taps['batch']}: taps / {PLAIN}"
-    most = 1.25 if device == "cpu" else 1.30
-    found = [target(f"{what}, time", taps["ratio"]["median"], most=most)]
-    if taps["memory_ratio"]:
-        found.append(target(f"{what}, peak memory", taps["memory_ratio"], most=1.3))
+def _targets(row: dict[str, Any], device: str) -> list[dict[str, Any]]:
+    """Limits of a private step by the same optimizer, time and memory."""
+    judged = row["name"] == TAPS and row["against"] == PLAIN
+    if not judged or (device == "cpu" and row["precision"] != "32"):
+        return []
+    what = f"{row['workload']} B={row['batch']}, precision {row['precision']}: {TAPS} / {PLAIN}"
+    found = [
+        target(f"{what}, time", row["ratio"]["median"], most=1.25 if device == "cpu" else 1.30)
+    ]
+    if row["memory_ratio"] and row["precision"] == "32":
+        found.append(target(f"{what}, peak memory", row["memory_ratio"], most=1.3))
     return found
 
 

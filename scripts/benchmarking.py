@@ -1,11 +1,14 @@
-"""What the benchmarks share: interleaved timing, peak memory, machine and versions, tables."""
+"""What the benchmarks share: recorded steps, interleaved timing, peak memory, machine and versions,
+tables."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import importlib.metadata
+import itertools
 import json
 import math
 import multiprocessing
@@ -14,7 +17,7 @@ import re
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +27,13 @@ import torch
 from rich.console import Console
 from rich.table import Table as RichTable
 from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
+
+from dpsynth.capture import capture
+from dpsynth.counter import CounterRng
+from dpsynth.optimizers import FleetAdam
+from dpsynth.privacy.engine import PrivateEngine
+from dpsynth.randomness import FleetRng
 
 __all__ = [
     "Step",
@@ -31,16 +41,24 @@ __all__ = [
     "compare",
     "difference",
     "finish",
+    "fleet_adam",
     "interleave",
+    "keyed",
     "megabytes",
     "memories",
+    "numbered",
     "parser",
+    "products",
     "ratios",
+    "recorded",
     "spread",
     "target",
+    "within",
 ]
 
 Step = Callable[[], object]
+# A step that is told its number: an int, or a tensor where steps are recorded.
+Numbered = Callable[[Any], object]
 Times = Mapping[str, Sequence[float]]
 
 
@@ -55,6 +73,12 @@ def parser(what: str) -> argparse.ArgumentParser:
     options.add_argument("--rounds", type=int, default=None, help="rounds A B C A B C …")
     options.add_argument("--json", type=Path, default=None, help="file for the results")
     options.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
+    options.add_argument(
+        "--captured",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="record own steps once and replay them (default: on with --device cuda)",
+    )
     return options
 
 
@@ -67,6 +91,8 @@ def arguments(options: argparse.ArgumentParser, argv: Sequence[str] | None) -> a
     for name in ("threads", "rounds"):
         if getattr(chosen, name) is not None and getattr(chosen, name) < 1:
             options.error(f"--{name} {getattr(chosen, name)}: must be at least 1")
+    if chosen.captured is None:
+        chosen.captured = chosen.device == "cuda"
     _settle(chosen.threads)
     return chosen
 
@@ -76,6 +102,85 @@ def _settle(threads: int) -> None:
     threadpool_limits(threads)
     # Opacus registers hooks on a module whose inputs need no gradient, by design.
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
+
+
+# -- steps -------------------------------------------------------------------------------------
+
+
+def keyed(keys: Sequence[int], *, device: str, captured: bool) -> FleetRng:
+    """What own steps draw from: a counter where they are recorded, as in a training."""
+    return (CounterRng if captured else FleetRng)(keys, device=device)
+
+
+def fleet_adam(network: nn.Module) -> FleetAdam:
+    """Adam over a fleet, 10^-3 for every run."""
+    like = next(network.parameters())
+    return FleetAdam(network.parameters(), torch.full_like(like[:, 0, 0], 1e-3).detach())
+
+
+def numbered(work: Numbered) -> Step:
+    """`work` at step 0, 1, 2, …"""
+    numbers = itertools.count()
+    return lambda: work(next(numbers))
+
+
+def recorded(
+    work: Numbered,
+    optimizers: Sequence[FleetAdam],
+    data: Sequence[Tensor],
+    *,
+    engine: PrivateEngine | None = None,
+) -> Step:
+    """`work` at step 0, 1, 2, …, recorded once and replayed as a training does it: operations are
+    fused and a CUDA graph made of them on a GPU.
+
+    Args:
+        work: One step; draws from a `CounterRng`, and moves by `optimizers` and nothing else.
+        optimizers: Their parameters and state are what a step changes.
+        data: Rows and whatever else a training would hand over anew at each step: what follows
+            from it must not be computed once and kept.
+        engine: Of a private step.
+    """
+    state = [*data]
+    for optimizer in optimizers:
+        optimizer.prepare()
+        optimizer.static = True
+        for group in optimizer.param_groups:
+            state += [*group["params"], group["lr"]]
+        state += [value for held in optimizer.state.values() for value in held.values()]
+    if engine is not None:
+        engine.clipper.static = True
+    number = torch.zeros(1, dtype=torch.long, device=state[0].device)
+
+    def step() -> None:
+        work(number[0])
+        number.add_(1)
+
+    return capture(step, [number, *state], compiled=number.is_cuda)
+
+
+@contextlib.contextmanager
+def products(precision: str) -> Iterator[None]:
+    """Forward and backward in float32, or in TF32 with the precisions `tf32` and `bf16`, which
+    differ in the product that sums gradients."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if precision == "32" else "high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def within(precision: str, build: Callable[[], Step]) -> Step:
+    """The step that `build` gives; it is built and run with those products."""
+    with products(precision):
+        made = build()
+
+    def step() -> None:
+        with products(precision):
+            made()
+
+    return step
 
 
 # -- time --------------------------------------------------------------------------------------
@@ -295,6 +400,7 @@ def finish(
         "benchmark": name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "quick": chosen.quick,
+        "captured": chosen.captured,
         "machine": machine(chosen.device),
         "versions": versions(),
         "results": results,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +16,7 @@ import torch
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 NAMES = ("step", "fleet", "sampler", "scaling", "neighbours", "histograms")
+RECORDING = ("step", "fleet", "sampler", "scaling")
 
 
 @pytest.fixture(autouse=True)
@@ -29,13 +32,17 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_each_script_writes_its_results(name, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, []) for name in NAMES), *((name, ["--captured"]) for name in RECORDING)],
+)
+def test_each_script_writes_its_results(name, options, tmp_path, capsys):
     path = tmp_path / "out" / f"{name}.json"
-    returned = load(f"bench_{name}").main(["--quick", "--json", str(path)])
+    returned = load(f"bench_{name}").main(["--quick", "--json", str(path), *options])
     found = json.loads(path.read_text())
     assert found == json.loads(json.dumps(returned))
     assert found["benchmark"] == name and found["quick"] is True
+    assert found["captured"] is bool(options)
     assert {"date", "machine", "versions", "sizes", "results", "targets"} <= set(found)
     assert {"cpu", "cores", "threads", "device", "gpu"} == set(found["machine"])
     assert {"python", "torch", "opacus", "dpsynth"} <= set(found["versions"])
@@ -51,6 +58,7 @@ def test_each_script_writes_its_results(name, tmp_path, capsys):
 
 
 def _has_parts_and_memory(found: dict) -> None:
+    assert found["captured"] or found["split"]
     for part in found["split"]:
         whole = {"batch", "whole", "forward", "backward", "clipping", "noise", "adam"}
         assert whole == set(part)
@@ -65,6 +73,67 @@ def test_a_profile_names_the_operators_of_a_step():
 
 
 # -- measuring ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["non-private", "taps"])
+@pytest.mark.parametrize("name", ["mlp", "diffusion", "gan"])
+def test_a_recorded_step_is_the_step(name, mode):
+    bench = load("bench_step")
+    moved = []
+    for recorded in (False, True):
+        work = bench.workload_of(name, 4, "cpu", True, captured=True)  # the same draws
+        before = [p.detach().clone() for p in work.network.parameters()]
+        step = work.step(mode, captured=recorded)
+        for _ in range(3):
+            step()
+        moved.append(
+            [p.detach() - b for p, b in zip(work.network.parameters(), before, strict=True)]
+        )
+    assert any(change.abs().max() > 0 for change in moved[0])
+    for plain, replayed in zip(*moved, strict=True):
+        torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_a_recorded_step_reads_its_rows_anew():
+    """What follows from the rows is computed at every step, as in a training."""
+    bench = load("bench_step")
+    changes = []
+    for shift in (0.0, 1.0):
+        work = bench.workload_of("mlp", 4, "cpu", True, captured=True)
+        step = work.step("non-private", captured=True)
+        work.data[1].add_(shift)
+        step()
+        changes.append(next(work.network.parameters()).detach().clone())
+    assert not torch.equal(*changes)
+
+
+@pytest.mark.parametrize("precision", ["32", "tf32", "bf16"])
+def test_products_are_put_back(precision):
+    bench = load("benchmarking")
+    before, seen = torch.get_float32_matmul_precision(), []
+    step = bench.within(
+        precision, lambda: lambda: seen.append(torch.get_float32_matmul_precision())
+    )
+    step()
+    assert seen == ["highest" if precision == "32" else "high"]
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_all_scripts_run_though_one_fails(tmp_path):
+    """With an interpreter that notes what it is asked for, and fails at one of them."""
+    python, noted = tmp_path / "python", tmp_path / "noted"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {noted}\ncase $1 in *fleet*) exit 3;; esac\n')
+    python.chmod(0o755)
+    command = ["sh", str(SCRIPTS / "bench_all.sh"), str(tmp_path / "out"), "--quick"]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True
+    )
+    asked = noted.read_text().splitlines()
+    wanted = {path.name for path in SCRIPTS.glob("bench_*.py")}
+    assert {Path(line.split()[0]).name for line in asked} == wanted
+    assert done.returncode == 1 and "failed: fleet" in done.stderr
+    python.write_text("#!/bin/sh\nexit 0\n")
+    assert subprocess.run(command, env={**os.environ, "PYTHON": str(python)}).returncode == 0
 
 
 def test_steps_take_turns():

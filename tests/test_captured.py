@@ -18,6 +18,7 @@ from dpsynth.checks import UsageError
 from dpsynth.counter import CounterRng
 from dpsynth.models import captured
 from dpsynth.models.captured import CapturedSteps
+from dpsynth.optimizers import FleetAdam
 from dpsynth.privacy import engine
 from dpsynth.privacy.batches import PoissonBatches
 from dpsynth.training.fleet import Trained, train_fleet
@@ -151,19 +152,21 @@ def test_batches_are_those_of_the_sampler_with_the_same_draws(
 
 
 def counting() -> tuple[Callable[[], None], list[torch.Tensor]]:
-    """A gradient step on weights, with a counter and a moment that live on."""
-    weight = torch.nn.Parameter(torch.linspace(1, 2, 4))
-    moment, step = torch.zeros(4), torch.zeros((), dtype=torch.long)
+    """A step of an optimizer on weights, with a counter and moments that live on."""
+    weight = torch.nn.Parameter(torch.linspace(1, 2, 4)[None])
+    step = torch.zeros((), dtype=torch.long)
+    optimizer = FleetAdam([weight], torch.tensor([0.1]))
+    optimizer.prepare()
+    optimizer.static = True
 
     def work() -> None:
         loss = (weight.square() * (step + 1)).sum()
-        (gradient,) = torch.autograd.grad(loss, [weight])
+        (weight.grad,) = torch.autograd.grad(loss, [weight])
+        optimizer.step()
         with torch.no_grad():
-            moment.lerp_(gradient, 0.5)
-            weight.sub_(0.01 * moment)
             step.add_(1)
 
-    return work, [weight, moment, step]
+    return work, [weight, step, *optimizer.state[weight].values()]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -185,7 +188,7 @@ def test_what_is_not_in_the_state_is_noticed() -> None:
     """Operations on tensors that the trace does not follow are done once and then stand still."""
     work, state = counting()
     with pytest.raises(RuntimeError, match="does not do what its function does to tensor 0"):
-        capture(work, state[:2], compiled=False)
+        capture(work, [state[0], *state[2:]], compiled=False)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ from dpsynth.rows import MappedRows
 __all__ = ["Generator"]
 
 _NEVER = -1e4
+# Steps from which it pays to compile a captured step, which takes about a minute.
+_LONG = 5000
 
 
 class Generator(lightning.LightningModule, ABC):
@@ -294,8 +296,8 @@ class Generator(lightning.LightningModule, ABC):
         """The recorded steps; recorded at the first, when a checkpoint has been restored."""
         if self._replay is None:
             assert isinstance(self._rng, CounterRng)
-            on_gpu = self.device.type == "cuda"
-            self._replay = CapturedSteps(self, self._rng, self.steps_a_block, compiled=on_gpu)
+            fused = self.device.type == "cuda" and self.total >= _LONG
+            self._replay = CapturedSteps(self, self._rng, self.steps_a_block, compiled=fused)
         return self._replay
 
     def _private_step(self, step: int) -> None:

@@ -99,7 +99,7 @@ class _Noise:
 
     def __init__(self, opened: FleetRng, units: Tensor, draws: int) -> None:
         self._opened, self._units, self._left = opened, units, draws
-        # Draws by counter depend on how they are cut.
+        # Draws by counter depend on how they are cut, and one draw is compiled sooner than many.
         self._whole = units.is_cuda or isinstance(opened, CounterRng)
         self._ready = self._room = units[:, :0]
 
@@ -107,7 +107,8 @@ class _Noise:
         """The next noise (runs, at least one and at most `most`), and as much room to work in."""
         runs = self._opened.runs
         if not self._ready.shape[1]:
-            drawn = most if self._whole else min(max(_PIECE // runs, 1), self._left)
+            piece = self._left if self._whole else max(_PIECE // runs, 1)
+            drawn = min(piece, self._left)
             self._left -= drawn
             self._ready = self._opened.normal(drawn, dtype=torch.float64)
             room = drawn if self._whole else min(max(_ROOM // runs, 1), drawn)
