@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -44,11 +45,29 @@ def capture(
     with torch.no_grad(), _restored(state):
         graph: Callable[..., Any] = make_fx(_with_grad(traced))(*state)
     _drop_marks(graph)
-    _check(work, _call(graph, state), state)
+    plain = _call(graph, state)
+    _check(work, plain, state)
     if compiled:
-        graph = torch.compile(graph, fullgraph=True, dynamic=False)
-    call = _call(graph, state)
-    return _recorded(call, state) if state[0].is_cuda else call
+        call = _call(torch.compile(graph, fullgraph=True, dynamic=False), state)
+        plain = _tried("compile", call, state) or plain
+    if not state[0].is_cuda:
+        return plain
+    return _tried("record", plain, state) or plain
+
+
+def _tried(how: str, call: Callable[[], None], state: Sequence[Tensor]) -> Callable[[], Any] | None:
+    """`call` compiled or recorded; where that fails, nothing and a warning: the same operations
+    can be taken one by one, which gives the same numbers later."""
+    try:
+        if how == "record":
+            return _recorded(call, state)
+        with _restored(state):
+            call()
+    except RuntimeError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(f"capture: cannot {how} a step, so it is slower: {reason}", stacklevel=3)
+        return None
+    return call
 
 
 def _drop_marks(graph: Any) -> None:

@@ -184,6 +184,26 @@ def test_a_capture_does_what_the_function_does_and_leaves_the_state(compiled: bo
         torch.testing.assert_close(found, wanted)
 
 
+def test_what_cannot_be_compiled_is_taken_as_it_is_and_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        def call(*_: Any) -> None:
+            raise RuntimeError("no compiler\nhere")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    work, state = counting()
+    with pytest.warns(UserWarning, match="cannot compile a step, so it is slower: no compiler$"):
+        call = capture(work, state, compiled=True)
+    again, expected = counting()
+    call()
+    again()
+    for found, wanted in zip(state, expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 def test_what_is_not_in_the_state_is_noticed() -> None:
     """Operations on tensors that the trace does not follow are done once and then stand still."""
     work, state = counting()
