@@ -136,7 +136,9 @@ def squared_norms(
     # What squares below the smallest normal number may have lost; ‖a‖² matters beside 1 only.
     lost = outputs * kind.tiny
     if draws == 1:
-        squared = (a.square().sum(-1) + 1).mul(b.square().sum(-1) + lost).squeeze(-1)
+        # Unlike square().sum() this needs no room for the squares, which costs more than they do.
+        lengths = torch.linalg.vector_norm(a, dim=-1), torch.linalg.vector_norm(b, dim=-1)
+        squared = (lengths[0].square() + 1).mul(lengths[1].square() + lost).squeeze(-1)
         return squared * (1 + slack)
     left, right = a @ a.mT + 1, b @ b.mT
     lengths = left.diagonal(dim1=-2, dim2=-1) * (right.diagonal(dim1=-2, dim2=-1) + lost)
