@@ -329,16 +329,17 @@ def judging_of(cfg: DictConfig) -> Judging:
 
 
 def logger_of(cfg: DictConfig) -> LoggerOf:
-    """Loggers of one fleet: CSV always, W&B where asked for."""
+    """Loggers of one run: CSV always, W&B where asked for."""
     check_choice("logger.mode", cfg.logger.mode, ("offline", "online"))
 
     def make(folder: Path) -> list[Logger]:
         loggers: list[Logger] = [CSVLogger(folder.parent, name=folder.name)]
         if cfg.logger.wandb:
             folder.mkdir(parents=True, exist_ok=True)
-            offline = cfg.logger.mode == "offline"
+            settings = {"project": cfg.logger.project, "offline": cfg.logger.mode == "offline"}
+            # The runs of a fleet train at the same time, in one process.
             loggers.append(
-                WandbLogger(project=cfg.logger.project, save_dir=folder, offline=offline)
+                WandbLogger(folder.name, save_dir=folder, reinit="create_new", **settings)
             )
         return loggers
 

@@ -757,6 +757,21 @@ def test_epsilon_is_logged_ten_times_at_most() -> None:
     assert logger.records[-1] == ({"steps": 33.0}, 33)
 
 
+def test_a_runs_own_loggers_see_it_as_if_it_had_trained_alone() -> None:
+    lengths = [{"steps": 23}, {"steps": 7, "batch": 60}, {"steps": 23}]
+    recipes = [recipe(options={"block": 1}, privacy=own) for own in lengths]
+    seats = [seat(0.5, 1), seat(2.0, 1), seat(math.inf, 1)]
+    together, every = [Kept() for _ in seats], Kept()
+    own = SpentEpsilon([[logger] for logger in together])
+    train_fleet(recipes, seats, logger=[every], callbacks=[own])
+    for made, one, logger in zip(recipes, seats, together, strict=True):
+        alone = Kept()
+        train_fleet(made, [one], logger=[alone], callbacks=[SpentEpsilon()])
+        assert logger.records == alone.records
+        assert logger.records[-1][1] == made.privacy["steps"]
+    assert set(every.records[0][0]) == {"steps", "epsilon/0.5", "epsilon/2"}
+
+
 def shown(console: Console, seats: Sequence[Seat], *extra: Callback) -> str:
     watched = SpentEpsilon()
     progress = TrainingProgress("tiny", watched, console)

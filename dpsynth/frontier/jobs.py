@@ -121,9 +121,9 @@ def _make(
     first = next(iter(jobs.values()))
     found: dict[str, UsageError] = {}
 
-    def loggers(_: str, names: Sequence[str]) -> list[Logger]:
-        logs = (jobs[n].logger(jobs[n].out.parent / "logs" / jobs[n].out.name) for n in names)
-        return [log for made in logs if not isinstance(made, bool) for log in made]
+    def loggers(name: str) -> Sequence[Logger] | bool:
+        job = jobs[name]
+        return job.logger(job.out.parent / "logs" / job.out.name)
 
     try:
         make_runs(

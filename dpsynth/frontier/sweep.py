@@ -39,7 +39,7 @@ from dpsynth.release.card import card
 from dpsynth.release.page import overlays, page
 from dpsynth.release.verify import PROFILE
 from dpsynth.training.expected import expected_events
-from dpsynth.training.grid import FleetLoggers, Grid, Member
+from dpsynth.training.grid import Grid, Member, RunLoggers
 from dpsynth.training.recipe import FAMILIES, Recipe, Seat, check_seat, plan_of
 from dpsynth.training.run import Run
 
@@ -203,7 +203,7 @@ def run_sweep(
         data: Name of the table, for cards and lineage.
         judging: How runs are judged.
         console: Where progress is shown.
-        logger: Makes the logger of one fleet from a folder.
+        logger: Makes the loggers of one run from a folder.
         workers: Judging processes; by default one a core.
         with_controls: Whether to judge the known-answer controls too.
         memory: GiB that fleets may fill; by default most of what is free.
@@ -218,7 +218,7 @@ def run_sweep(
         data=data,
         judging=judging,
         console=console,
-        loggers=lambda fleet, _: logger(folder / "logs" / fleet),
+        loggers=lambda name: logger(folder / "logs" / name),
         workers=workers,
         with_controls=with_controls,
         memory=memory,
@@ -239,7 +239,7 @@ def make_runs(
     data: str,
     judging: Judging,
     console: Console,
-    loggers: FleetLoggers,
+    loggers: RunLoggers,
     workers: int | None = None,
     with_controls: bool = True,
     memory: float | None = None,
@@ -251,7 +251,7 @@ def make_runs(
 
     Args:
         points, split, folder, data, judging, console, workers, with_controls, memory: As there.
-        loggers: Makes the loggers of one fleet.
+        loggers: Makes the loggers of one run from its name.
         alone: Whether each run is judged as if it were the only one: by a reference model of its
             own seed, and without a word on what publishing all of them costs.
         taken: Names of finished points whose runs are no longer in the folder.
@@ -440,7 +440,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _train(
-    work: _Work, fleet: tuple[str, ...], data: str, console: Console, loggers: FleetLoggers
+    work: _Work, fleet: tuple[str, ...], data: str, console: Console, loggers: RunLoggers
 ) -> None:
     work.grid.train(fleet, work.needed, data=data, console=console, loggers=loggers)
 

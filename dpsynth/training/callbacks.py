@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -34,10 +35,16 @@ class SpentEpsilon(Callback):
     """Logs ε spent by each run, ten times a training, to whatever logger is attached.
 
     Losses are not logged: on private rows they are not private.
+
+    Args:
+        loggers: Those of each run, which see that run alone and as if it had trained alone; others
+            see all runs, by their targets.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, loggers: Sequence[Sequence[Logger]] = ()) -> None:
         self._logged = -1
+        self._own = [(list(held), [-1]) for held in loggers]
+        self._known: dict[tuple[str, int], float] = {}
         self.latest: dict[float, float] = {}
 
     def on_train_batch_end(
@@ -45,21 +52,40 @@ class SpentEpsilon(Callback):
     ) -> None:
         generator: Generator = pl_module
         done = int(generator.completed)
+        for (loggers, logged), plan in zip(self._own, generator.plans, strict=False):
+            self._log_own(loggers, logged, plan, min(done, plan.steps))
         tenth = done * 10 // max(1, generator.total)
         if tenth == self._logged:
             return
         self._logged = tenth
-        plans: list[PrivacyPlan] = []
         self.latest = {}
         for plan in generator.plans:
-            if plan.private and plan not in plans:
-                plans.append(plan)
-                paid = spent(plan, min(done, plan.steps))
+            if plan.private:
+                paid = self._spent(plan, min(done, plan.steps))
                 self.latest[plan.epsilon] = max(paid, self.latest.get(plan.epsilon, 0.0))
         record = {f"epsilon/{target:g}": value for target, value in self.latest.items()}
         for logger in trainer.loggers:
             logger.log_metrics({"steps": float(done), **record}, step=done)
             logger.save()
+
+    def _log_own(
+        self, loggers: Sequence[Logger], logged: list[int], plan: PrivacyPlan, done: int
+    ) -> None:
+        """What a run's own loggers see, until it is done."""
+        tenth = done * 10 // max(1, plan.steps)
+        if not loggers or logged[0] == tenth or not plan.steps:
+            return
+        logged[0] = tenth
+        record = {f"epsilon/{plan.epsilon:g}": self._spent(plan, done)} if plan.private else {}
+        for logger in loggers:
+            logger.log_metrics({"steps": float(done), **record}, step=done)
+            logger.save()
+
+    def _spent(self, plan: PrivacyPlan, steps: int) -> float:
+        key = (repr(plan), steps)
+        if key not in self._known:
+            self._known[key] = spent(plan, steps)
+        return self._known[key]
 
 
 class TrainingProgress(Callback):
@@ -146,8 +172,14 @@ class LastCheckpoint(Callback):
         self._saved = time.monotonic()
 
 
-def default_callbacks(title: str, state: Path | None, console: Console) -> Sequence[Callback]:
-    """ε log, progress and, where there is a folder for it, checkpoints."""
-    watched = SpentEpsilon()
+def default_callbacks(
+    title: str,
+    state: Path | None,
+    console: Console,
+    loggers: Sequence[Sequence[Logger]] = (),
+) -> Sequence[Callback]:
+    """ε log (`loggers` are those of each run), progress and, where there is a folder for it,
+    checkpoints."""
+    watched = SpentEpsilon(loggers)
     kept = [] if state is None else [LastCheckpoint(state)]
     return [watched, TrainingProgress(title, watched, console), *kept]

@@ -23,10 +23,10 @@ from dpsynth.training.packing import GIB, capacity, pack
 from dpsynth.training.recipe import FAMILIES, Recipe, Seat
 from dpsynth.training.run import Run
 
-__all__ = ["FleetLoggers", "Grid", "Member"]
+__all__ = ["Grid", "Member", "RunLoggers"]
 
-# Loggers of one fleet, given its name and the names of its runs.
-FleetLoggers = Callable[[str, Sequence[str]], Sequence[Logger] | bool]
+# Loggers of one run, given its name.
+RunLoggers = Callable[[str], Sequence[Logger] | bool]
 Fleet = tuple[str, ...]
 
 
@@ -112,7 +112,7 @@ class Grid:
         *,
         data: str,
         console: Console,
-        loggers: FleetLoggers,
+        loggers: RunLoggers,
     ) -> None:
         """Train one fleet if any of its runs is needed and not trained; in halves where the GPU's
         memory is not enough after all.
@@ -158,18 +158,20 @@ class Grid:
 
 
 def _attempt(
-    members: Sequence[Member], state: Path, console: Console, loggers: FleetLoggers
+    members: Sequence[Member], state: Path, console: Console, loggers: RunLoggers
 ) -> list[Trained] | None:
     """The trained fleet, or nothing where the GPU's memory is not enough."""
     model = members[0].recipe.model
     runs = [member.name for member in members if member.seat.role == "model"]
+    trained = FAMILIES[model].trained
+    found = [trained and m.name in runs and loggers(m.name) for m in members]
+    own = [() if isinstance(held, bool) else held for held in found]
     try:
         return train_fleet(
             [member.recipe for member in members],
             [member.seat for member in members],
             state=state,
-            logger=FAMILIES[model].trained and loggers(state.name, runs),
-            callbacks=default_callbacks(f"{model} ({len(runs)} runs)", state, console),
+            callbacks=default_callbacks(f"{model} ({len(runs)} runs)", state, console, own),
         )
     except torch.OutOfMemoryError:
         pass  # and what the error's frames hold goes with it
