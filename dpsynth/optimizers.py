@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+from dpsynth.shapes import expand
+
 __all__ = ["FleetAdam"]
 
 
@@ -92,8 +94,8 @@ class FleetAdam(torch.optim.Optimizer):
         state["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
         change = state["exp_avg"] / (state["exp_avg_sq"].sqrt() * scale + group["eps"])
         if group["weight_decay"]:
-            parameter.mul_(1 - _beside(group["lr"] * group["weight_decay"], parameter))
-        parameter.sub_(change * _beside(rate, parameter))
+            parameter.mul_(1 - expand(group["lr"] * group["weight_decay"], parameter))
+        parameter.sub_(change * expand(rate, parameter))
 
     def _move_at_once(self, held: list[nn.Parameter], group: dict[str, Any]) -> None:
         """By torch's fused kernel, one pass over everything; for each run where rates differ."""
@@ -141,8 +143,3 @@ class FleetAdam(torch.optim.Optimizer):
             maximize=False,
             decoupled_weight_decay=True,
         )
-
-
-def _beside(values: Tensor, like: Tensor) -> Tensor:
-    """One value a run, with as many axes as `like`."""
-    return values.reshape(-1, *(1,) * (like.dim() - 1))

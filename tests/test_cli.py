@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from inline import Inline
 from tiny import SCHEMA, frame
 
 from dpsynth.checks import UsageError
@@ -35,21 +35,6 @@ TINY = [
     "privacy.batch=32", "privacy.steps=5", "privacy.epsilon=1", "seed=0",
     "evaluation.max_rows=60", "audit.max_candidates=40", "audit.draws=1",
 ]  # fmt: skip
-
-
-class Inline(Executor):
-    """Judges where the caller stands: a process of its own costs seconds."""
-
-    def __init__(
-        self, workers: int, context: Any, initializer: Callable[..., None], initargs: tuple
-    ) -> None:
-        del workers, context
-        initializer(*initargs)
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
-        job: Future = Future()
-        job.set_result(fn(*args, **kwargs))
-        return job
 
 
 @pytest.fixture(scope="module")

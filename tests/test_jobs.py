@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
-from concurrent.futures import Executor, Future
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from inline import Inline
 from rich.console import Console
 from tiny import recipe, table
 
@@ -26,24 +25,6 @@ from dpsynth.training.run import Run
 
 JUDGING = Judging(max_rows=60, max_candidates=40, draws=1, reference_model=False)
 SPLIT = Split.random(table(), stream(0, "split"))
-
-
-class Inline(Executor):
-    """Judges where the caller stands: a process of its own costs seconds."""
-
-    def __init__(
-        self, workers: int, context: Any, initializer: Callable[..., None], initargs: tuple
-    ) -> None:
-        del workers, context
-        initializer(*initargs)
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
-        job: Future = Future()
-        try:
-            job.set_result(fn(*args, **kwargs))
-        except UsageError as error:
-            job.set_exception(error)
-        return job
 
 
 @pytest.fixture(autouse=True)

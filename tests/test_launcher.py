@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from inline import Inline
 from tiny import SCHEMA, frame
 
 from dpsynth.cli import main
@@ -39,21 +39,6 @@ CELLS = [
     for epsilon in ("2", "inf")
     for seed in (0, 1)
 ]
-
-
-class Inline(Executor):
-    """Judges where the caller stands: a process of its own costs seconds."""
-
-    def __init__(
-        self, workers: int, context: Any, initializer: Callable[..., None], initargs: tuple
-    ) -> None:
-        del workers, context
-        initializer(*initargs)
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
-        job: Future = Future()
-        job.set_result(fn(*args, **kwargs))
-        return job
 
 
 def command(*arguments: str) -> int:

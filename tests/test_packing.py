@@ -114,6 +114,10 @@ def test_it_says_why_there_are_so_many() -> None:
         return pack(recipes, [SEAT] * len(steps), memory, needs=fixed(EACH)).notes[0]
 
     assert note([5] * 3, 3) == "vae: 3 runs in 1 fleet (3 GiB hold 3 of 1 GiB)"
+    for epsilon, room in ((1.0, "as memory holds"), (math.inf, "3 GiB hold 3 of 1 GiB")):
+        uncounted = [seat(epsilon, run, expected_rows=None) for run in range(3)]
+        (found,) = pack([recipe()] * 3, uncounted, 3, needs=fixed(EACH)).notes
+        assert found == f"vae: 3 runs in 1 fleet ({room})"
     assert note([5] * 3, 2) == "vae: 3 runs in 2 fleets (2 GiB hold 2 of 1 GiB)"
     assert "steps differ" in note([10, 1000], 3)
     both = note([10, 1000, 10, 1000], 1.5)

@@ -6,8 +6,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Sequence
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from inline import Inline
 from rich.console import Console
 from tiny import SCHEMA, recipe, table
 
@@ -47,24 +47,6 @@ FILES = {
 
 def split(seed: int = 0) -> Split:
     return Split.random(table(), stream(seed, "split"))
-
-
-class Inline(Executor):
-    """Judges where the caller stands: a process of its own costs seconds."""
-
-    def __init__(
-        self, workers: int, context: Any, initializer: Callable[..., None], initargs: tuple
-    ) -> None:
-        del workers, context
-        initializer(*initargs)
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
-        job: Future = Future()
-        try:
-            job.set_result(fn(*args, **kwargs))
-        except UsageError as error:
-            job.set_exception(error)
-        return job
 
 
 @pytest.fixture

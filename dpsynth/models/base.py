@@ -19,11 +19,11 @@ from dpsynth.marginals import Marginals
 from dpsynth.models.captured import CapturedSteps
 from dpsynth.optimizers import FleetAdam
 from dpsynth.privacy.batches import PoissonBatches
-from dpsynth.privacy.clipping import expand
 from dpsynth.privacy.engine import PrivateEngine
 from dpsynth.privacy.plan import PrivacyPlan
 from dpsynth.randomness import FleetRng
 from dpsynth.rows import MappedRows
+from dpsynth.shapes import expand
 
 __all__ = ["Generator"]
 

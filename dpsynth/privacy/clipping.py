@@ -40,10 +40,11 @@ from dpsynth.privacy.fallback import (
     trained_layers,
     warn_of_cost,
 )
-from dpsynth.privacy.layers import RULES, Records, Rule, Samples, expand, squared_lengths
+from dpsynth.privacy.layers import RULES, Records, Rule, Samples, squared_lengths
 from dpsynth.privacy.precision import FULL, Precision, check_precision, choose_precision
+from dpsynth.shapes import expand
 
-__all__ = ["ENGINES", "Clipper", "LossOf", "Records", "check_precision", "expand"]
+__all__ = ["ENGINES", "Clipper", "LossOf", "Records", "check_precision"]
 
 LossOf = Callable[[], Tensor]
 _Pair = tuple[nn.Module, *tuple[Tensor, ...]]

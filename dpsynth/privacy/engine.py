@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from dpsynth.checks import UsageError, check_choice, check_positive
 from dpsynth.counter import CounterRng
-from dpsynth.privacy.clipping import ENGINES, LossOf, Records, check_precision, expand
+from dpsynth.privacy.clipping import ENGINES, LossOf, Records, check_precision
 from dpsynth.randomness import FleetRng
+from dpsynth.shapes import expand
 
 __all__ = ["FleetOptimizer", "PrivateEngine"]
 

@@ -22,6 +22,7 @@ from dpsynth.networks import (
     FleetRMSNorm,
 )
 from dpsynth.privacy.precision import FULL, Precision
+from dpsynth.shapes import expand
 
 __all__ = [
     "RULES",
@@ -30,7 +31,6 @@ __all__ = [
     "Rule",
     "Samples",
     "embedding_squared_norms",
-    "expand",
     "squared_lengths",
     "squared_norms",
 ]
@@ -76,11 +76,6 @@ class Rule(ABC):
         """`seen` with zeros for the records that are not `kept` (runs, batch): 0 · inf is NaN, so
         a record that is not finite is taken out rather than weighted."""
         return tuple(torch.where(expand(kept, t), t, 0) for t in seen)
-
-
-def expand(mask: Tensor, like: Tensor) -> Tensor:
-    """`mask` with as many axes as `like`, the new ones of length 1."""
-    return mask.reshape(*mask.shape, *(1,) * (like.dim() - mask.dim()))
 
 
 def _draws(x: Tensor) -> Tensor:

@@ -170,7 +170,7 @@ def _shape(seat: Seat) -> tuple[Any, ...]:
 
 
 def _keys(recipes: Sequence[Recipe], seats: Sequence[Seat], state: Path | None) -> list[int]:
-    """One 128-bit key a seat: from its seed, or from entropy kept in `state` until it is done.
+    """One key a seat: from its seed, or from entropy kept in `state` until it is done.
 
     A seed gives every recipe and ε noise of its own: two runs that shared a draw at different
     scales would cancel it for whoever sees both.

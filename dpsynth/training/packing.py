@@ -27,7 +27,14 @@ from dpsynth.models import Generator
 from dpsynth.privacy.plan import PrivacyPlan
 from dpsynth.schema import Column, Schema
 from dpsynth.training.fleet import train_fleet
-from dpsynth.training.recipe import Recipe, Seat, build, codec_settings, plan_of
+from dpsynth.training.recipe import (
+    Recipe,
+    Seat,
+    build,
+    captured,
+    codec_settings,
+    plan_of,
+)
 
 __all__ = [
     "GIB",
@@ -133,7 +140,8 @@ def pack(
         steps = [_steps(r, s) for r, s in zip(own, taken, strict=True)]
         cut = [tuple(group[i] for i in part) for part in _cut(steps, most, OVERHEAD[device])]
         fleets += cut
-        notes.append(_note(own[0].model, len(group), len(cut), most, need, limit))
+        shown = _note(own[0].model, len(group), len(cut), most, _room(taken, most, need, limit))
+        notes.append(shown)
     return Packing(tuple(fleets), tuple(notes))
 
 
@@ -172,9 +180,17 @@ def _steps(recipe: Recipe, seat: Seat) -> int:
     return plan_of(recipe, seat, seat.table.schema.expected_rows or 1).steps
 
 
-def _note(model: str, runs: int, fleets: int, most: int, need: Need, limit: float) -> str:
+def _room(seats: Sequence[Seat], most: int, need: Need, limit: float) -> str:
+    """How much fits, in words: without figures where the number of rows is private, since what a
+    run needs follows from it."""
+    private = [s for s in seats if math.isfinite(s.epsilon)]
+    if any(s.table.schema.expected_rows is None for s in private):
+        return "as memory holds"
+    return f"{limit / GIB:.3g} GiB hold {most} of {need.each / GIB:.2g} GiB"
+
+
+def _note(model: str, runs: int, fleets: int, most: int, room: str) -> str:
     text = f"{model}: {runs} run{'s' * (runs > 1)} in {fleets} fleet{'s' * (fleets > 1)}"
-    room = f"{limit / GIB:.3g} GiB hold {most} of {need.each / GIB:.2g} GiB"
     if fleets == 1:
         return f"{text} ({room})"
     by_memory = math.ceil(runs / most)
@@ -254,9 +270,10 @@ def upper_bound(recipe: Recipe, schema: Schema) -> Need:
     """Bytes that no fleet exceeds, by counting.
 
     128 bytes a parameter (weights, two moments, average, gradient, clipped sum and noise in
-    float64, some of them twice), 64 a level of each row, and 8 numbers for each input and output
-    of a layer, of each record in a piece, of each draw of a record; 256 batches drawn ahead; four
-    gradients a record for the engines that hold them. Half a GiB for libraries.
+    float64, some of them twice), as much again where a captured step is tried out on copies; 64 a
+    level of each row, and 8 numbers for each input and output of a layer, of each record in a
+    piece, of each draw of a record; 256 batches drawn ahead; four gradients a record for the
+    engines that hold them. Half a GiB for libraries.
     """
     layout = Layout.of(schema, **codec_settings(recipe))
     model = build(recipe, layout, 1)
@@ -266,7 +283,11 @@ def upper_bound(recipe: Recipe, schema: Schema) -> Need:
     rows = schema.expected_rows or 1
     piece = min(recipe.piece, rows, _batch(recipe))
     records = piece * _draws(model) + getattr(model, "public_batch", 0)
-    each = 128 * parameters + 64 * rows * layout.columns + 4 * 8 * records * widths
+    each = (
+        128 * parameters * (1 + captured(recipe))
+        + 64 * rows * layout.columns
+        + 4 * 8 * records * widths
+    )
     each += 4 * 8 * layout.groups * layout.width + 16 * 256 * piece
     if recipe.engine != "taps":
         each += 4 * 4 * piece * parameters
