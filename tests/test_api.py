@@ -205,7 +205,7 @@ def test_every_public_name_resolves() -> None:
         assert getattr(dpsynth, name) is not None
     assert dpsynth.fit is fit and dpsynth.evaluate is evaluate
     assert dpsynth.Table is Table
-    assert dpsynth.datasets.names() == ["adult"]
+    assert dpsynth.datasets.names() == ["adult", "mixture", "parity", "scm"]
     assert issubclass(dpsynth.RefusedError, dpsynth.UsageError)
 
 

@@ -1,1 +1,1 @@
-"""Suite: audits that train something: shadow fleets, canaries, worst cases. Runs in, evidence out."""
+"""Suite: audits that train something (shadows, canaries, worst cases): runs in, evidence out."""
