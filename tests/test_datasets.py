@@ -84,7 +84,7 @@ def test_unknown_name_is_refused(call):
 
 @pytest.mark.parametrize("name", ["adlut", "parity"])
 def test_a_table_without_a_published_split_has_no_training_rows(name):
-    with pytest.raises(UsageError, match=r"with a published split=.*: unknown; choose one of adult"):
+    with pytest.raises(UsageError, match=r"published split=.*: unknown; choose one of adult"):
         datasets.official_train_rows(name)
 
 
