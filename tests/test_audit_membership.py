@@ -11,15 +11,18 @@ import pytest
 from scipy import stats
 
 from dpsynth.audit import ATTACKS, AttackResult, Audit, Ceiling, audit
+from dpsynth.audit.attacks import DIAGNOSTICS, QUICK, Attack, Evidence
 from dpsynth.audit.membership import (
     auc,
     auc_interval,
     auc_intervals,
     aucs,
     clopper_pearson,
+    conclude,
     null_band,
     tpr_at,
 )
+from dpsynth.audit.statistics import stack, tail_rate, tprs
 from dpsynth.baselines import controls
 from dpsynth.checks import UsageError
 from dpsynth.data import Table
@@ -116,6 +119,21 @@ def test_clopper_pearson_equals_scipy(successes: int, trials: int) -> None:
     assert clopper_pearson(successes, trials) == pytest.approx((known.low, known.high))
 
 
+def test_tpr_of_the_empirical_curve() -> None:
+    rng = np.random.default_rng(12)
+    members, holdout = rng.integers(0, 9, (5, 40)) * 1.0, rng.integers(0, 8, (5, 30)) * 1.0
+    for fpr in (0.01, 0.1, 0.5):
+        best = [
+            max((m > t).mean() for t in [*h, math.inf] if (h > t).mean() <= fpr)
+            for m, h in zip(members, holdout, strict=True)
+        ]
+        np.testing.assert_allclose(tprs(members, holdout, fpr), best)
+
+
+def test_few_non_members_are_read_at_ten_percent() -> None:
+    assert (tail_rate(9_999), tail_rate(10_000)) == (0.1, 0.01)
+
+
 def test_null_band_holds_nineteen_in_twenty() -> None:
     rng = np.random.default_rng(3)
     low, high = null_band(80, 50)
@@ -204,6 +222,56 @@ def test_a_perfect_white_box_score_is_the_strongest() -> None:
     assert (result.null_low, result.null_high) == (low, high)
 
 
+def test_a_leak_is_named_although_the_ceiling_allows_it() -> None:
+    parts = split(400, 11)
+    population = simulated(400, np.random.default_rng(9))
+    leaky = controls.p_leak(parts["members"], population, 0.2, 400, np.random.default_rng(0))
+    result, _ = run(leaky, parts, attacks=QUICK, ceiling=Ceiling.from_epsilon_delta(8.0, 1e-5))
+    assert not result.violation
+    assert {"nn_ratio_quantile", "identical_calibrated"} <= set(result.leaks)
+    areas = {attack.name: attack.auc for attack in result.attacks}
+    assert [attack.name for attack in result.attacks] == list(QUICK)
+    # The band of single AUCs is the narrower one, save for ties, which narrow both.
+    assert result.bands["nn_ratio_range"] > 0.5 + 1.645 * math.sqrt(801 / (12 * 400 * 400))
+    assert result.bands["identical_calibrated"] < result.bands["nn_ratio_range"]
+    for name in set(QUICK) - DIAGNOSTICS:
+        assert result.p_values[name] <= 0.05 or areas[name] <= result.bands[name]
+    assert any(note.startswith("leaks: nn_ratio_quantile") for note in result.notes)
+
+
+def test_nothing_is_called_a_leak_without_one() -> None:
+    """8 fair audits at 5 %: more than 2 alarms once in 170 suites; the seeds are fixed."""
+    attacks = {name: QUICK[name] for name in QUICK if name != "discriminator"}
+    alarms = 0
+    for seed in range(8):
+        parts = split(100, 300 + seed)
+        synthetic = simulated(100, np.random.default_rng(600 + seed))
+        result, _ = run(synthetic, parts, attacks=attacks)
+        alarms += bool(result.leaks)
+        assert any("no leak was found" in note for note in result.notes) != bool(result.leaks)
+    assert alarms <= 2
+
+
+def test_selection_models_choose_and_leave_all_candidates() -> None:
+    parts, rng = split(200, 12), np.random.default_rng(3)
+    synthetic = simulated(200, rng)
+    white_box = {name: (rng.normal(size=200), rng.normal(size=200)) for name in ("a", "b")}
+
+    def played() -> dict[str, Any]:
+        names = ["nn_ratio_range", "nn_ratio_quantile", "discriminator", "a", "b"]
+        return {n: (rng.normal(2.0 * (n == "b"), 1, 50), rng.normal(size=70)) for n in names}
+
+    pseudo = [played() for _ in range(3)]
+    result, _ = run(synthetic, parts, white_box=white_box, pseudo=pseudo)
+    assert (result.strongest.name, result.selection) == ("b", "models")
+    assert result.strongest.auc == auc(*white_box["b"])
+    assert (result.null_low, result.null_high) == null_band(200, 200)
+    assert "selection models, reported on all candidates (200 members" in result.notes[0]
+    del pseudo[1]["a"]
+    with pytest.raises(UsageError, match="selection model 1 has no scores of a;"):
+        run(synthetic, parts, white_box=white_box, pseudo=pseudo)
+
+
 def test_luck_in_choosing_is_not_reported() -> None:
     """The best of 300 know-nothing scores looks good only where it was chosen."""
     parts, rng = split(200, 9), np.random.default_rng(2)
@@ -223,20 +291,21 @@ def test_a_point_above_the_ceiling_is_no_violation_while_its_interval_reaches_be
     assert not result.violation
 
 
-def test_a_diagnostic_is_never_the_strongest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_diagnostic_is_never_the_strongest() -> None:
     parts = split(100, 4)
     oracle = {tuple(row): 1.0 for row in parts["members"].frame[["x0", "x1"]].to_numpy()}
 
-    def knows(candidates: Table, *_: object, **__: object) -> np.ndarray:
-        rows = candidates.frame[["x0", "x1"]].to_numpy()
+    def knows(evidence: Evidence) -> np.ndarray:
+        rows = evidence.candidates.frame[["x0", "x1"]].to_numpy()
         return np.array([oracle.get(tuple(row), 0.0) for row in rows])
 
-    monkeypatch.setattr("dpsynth.audit.membership.ATTACKS", {**ATTACKS, "dcr": knows})
-    result, _ = run(simulated(100, np.random.default_rng(5)), parts)
+    attacks = {**ATTACKS, "dcr": Attack(knows)}
+    result, _ = run(simulated(100, np.random.default_rng(5)), parts, attacks=attacks)
     shown = {attack.name: attack for attack in result.attacks}
     assert shown["dcr"].auc == 1
     assert shown["dcr"].diagnostic
     assert result.strongest.name != "dcr"
+    assert set(result.p_values) == set(result.bands) == set(ATTACKS) - {"dcr"}
 
 
 def test_unequal_parts_give_equal_sides_and_notes_say_how_few() -> None:
@@ -271,6 +340,9 @@ RESULT = AttackResult("nn", False, 0.6, 0.5, 0.7, 0.2, 0.1, 0.3, 0.05, 0.0, 0.1)
 AUDIT = Audit(
     attacks=(RESULT, replace(RESULT, name="dcr", diagnostic=True)),
     strongest=RESULT,
+    selection="halves",
+    bands={"nn": 0.55},
+    p_values={"nn": 0.03},
     blind_auc=0.5,
     null_low=0.4,
     null_high=0.6,
@@ -328,6 +400,12 @@ def test_refuses_a_result(change: dict[str, Any], part: str) -> None:
         ({"attacks": []}, "not among"),
         ({"attacks": [asdict(RESULT)] * 2}, "listed twice"),
         ({"strongest": asdict(AUDIT.attacks[1])}, "not among"),
+        ({"selection": "luck"}, "selection=luck: unknown"),
+        ({"bands": {}}, "bands must name each attack proper once"),
+        ({"bands": [0.5]}, "bands must name"),
+        ({"p_values": {"nn": 0.5, "dcr": 0.5}}, "p_values must name"),
+        ({"p_values": {"nn": 1.5}}, "p_values of 'nn' is 1.5"),
+        ({"p_values": {"nn": "0"}}, "p_values of 'nn' is '0'"),
     ],
 )
 def test_refuses_an_audit_file(change: dict[str, Any], part: str) -> None:
@@ -341,8 +419,8 @@ def test_refuses_other_text() -> None:
     with pytest.raises(UsageError, match="named entries"):
         Audit.from_json("[]")
     body = asdict(AUDIT)
-    del body["members"]
-    with pytest.raises(UsageError, match="'members' is missing"):
+    del body["bands"]
+    with pytest.raises(UsageError, match="'bands' is missing; audit the run again"):
         Audit.from_json(json.dumps(body))
 
 
@@ -376,6 +454,16 @@ def test_refuses_scores() -> None:
         null_band(0, 3)
     with pytest.raises(UsageError, match="holdout=0"):
         null_band(3, 0)
+    with pytest.raises(UsageError, match="fpr=1"):
+        tprs(some[None], some[None], 1)
+    with pytest.raises(UsageError, match="1 are not finite"):
+        tprs(some[None], np.array([[1.0, math.inf]]), 0.1)
+    with pytest.raises(UsageError, match="non_members=0"):
+        tail_rate(0)
+    with pytest.raises(UsageError, match="no attack scores"):
+        stack([])
+    with pytest.raises(UsageError, match="different numbers of rows"):
+        stack([(some, some), (some[:2], some)])
 
 
 def test_refuses_parts_that_do_not_fit() -> None:
@@ -414,7 +502,7 @@ def test_device_changes_no_score_and_must_be_there(monkeypatch: pytest.MonkeyPat
 def test_refuses_white_box_scores() -> None:
     parts = split(20, 8)
     synthetic, good = simulated(20, np.random.default_rng(5)), np.zeros(20)
-    for name in ("dcr", "member"):
+    for name in ("dcr", "member", "identical"):
         with pytest.raises(UsageError, match="name is taken"):
             run(synthetic, parts, white_box={name: (good, good)})
     with pytest.raises(UsageError, match="members scores have shape"):
@@ -423,3 +511,33 @@ def test_refuses_white_box_scores() -> None:
         run(synthetic, parts, white_box={"loss": (good, good[:, None])})
     with pytest.raises(UsageError, match="holdout is not finite"):
         run(synthetic, parts, white_box={"loss": (good, good + math.nan)})
+    with pytest.raises(UsageError, match="no attack but diagnostics"):
+        run(synthetic, parts, attacks={"dcr": ATTACKS["dcr"]})
+
+
+def test_conclusions_from_scores_alone() -> None:
+    rng = np.random.default_rng(13)
+    scores = {
+        name: (rng.normal(shift, 1, 60), rng.normal(size=90))
+        for name, shift in (("loss", 1.5), ("noise", 0.0), ("dcr", 3.0))
+    }
+    result = conclude(scores, (), 0.5, Ceiling.from_epsilon_delta(0.1, 1e-5), rng)
+    assert (result.members, result.holdout, result.strongest.name) == (60, 90, "loss")
+    assert (result.null_low, result.null_high) == null_band(30, 45)
+    assert result.leaks == ("loss",)
+    assert result.violation
+    with pytest.raises(UsageError, match="no attack scores"):
+        conclude({}, (), 0.5, Ceiling.none(), rng)
+    with pytest.raises(UsageError, match="no attack scores"):
+        conclude({"dcr": scores["dcr"]}, (), 0.5, Ceiling.none(), rng)
+    short = {"loss": scores["loss"], "noise": (np.ones(3), np.ones(4))}
+    with pytest.raises(UsageError, match="different numbers of rows"):
+        conclude(short, (), 0.5, Ceiling.none(), rng)
+
+
+def test_white_box_scores_alone_are_an_audit() -> None:
+    white_box = {"loss": (np.ones(20), np.zeros(20))}
+    synthetic = simulated(20, np.random.default_rng(5))
+    result, _ = run(synthetic, split(20, 8), white_box=white_box, attacks={})
+    assert [attack.name for attack in result.attacks] == ["loss"]
+    assert result.leaks == ("loss",)

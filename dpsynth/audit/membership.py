@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import special, stats
 
-from dpsynth.audit.attacks import ATTACKS, DIAGNOSTICS, blind
+from dpsynth.audit.attacks import ATTACKS, DIAGNOSTICS, Attack, blind, row_hashes, score_all
 from dpsynth.audit.ceiling import Ceiling
-from dpsynth.checks import UsageError, check_count, check_fraction
+from dpsynth.audit.selection import Choice, choose, max_t
+from dpsynth.audit.statistics import (
+    ENOUGH,
+    Scores,
+    TprPoint,
+    auc,
+    auc_interval,
+    auc_intervals,
+    aucs,
+    clopper_pearson,
+    null_band,
+    stack,
+    tail_rate,
+    tpr_at,
+)
+from dpsynth.checks import UsageError, check_choice, check_count
 from dpsynth.data import Table
 from dpsynth.devices import resolve
 
@@ -29,151 +43,18 @@ __all__ = [
     "aucs",
     "audit",
     "clopper_pearson",
+    "conclude",
     "null_band",
     "tpr_at",
 ]
 
-WhiteBox = Mapping[str, tuple[np.ndarray, np.ndarray]]
+WhiteBox = Mapping[str, Scores]
 
-Z95 = float(special.ndtri(0.975))
 # Fewest candidates a side: each half needs a few, and the blind control needs one a fold.
 LEAST = 8
-# From this many non-members on, TPR at 1 % FPR rests on enough rows.
-ENOUGH = 10_000
-
-
-def auc(members: np.ndarray, holdout: np.ndarray) -> float:
-    """P(member score > holdout score) + P(equal)/2 over all pairs of (n₁,) and (n₀,) scores."""
-    return float(aucs(*_one_row(members, holdout))[0])
-
-
-def aucs(members: np.ndarray, holdout: np.ndarray) -> np.ndarray:
-    """`auc` of each row of (scores, n₁) and (scores, n₀): float64 (scores,)."""
-    wins, _ = _placements(members, holdout)
-    return wins.mean(axis=1)
-
-
-def auc_interval(members: np.ndarray, holdout: np.ndarray) -> tuple[float, float, float]:
-    """AUC with its 95 % interval: DeLong et al. 1988 variance on the logit scale.
-
-    Where the scores separate all pairs the variance is 0 and tells nothing; the inner end is then
-    Clopper–Pearson's for min(n₁, n₀) successes out of as many.
-
-    Returns:
-        (auc, low, high), low ≤ auc ≤ high within [0, 1].
-
-    Raises:
-        UsageError: On fewer than two scores a side, or a score that is not finite.
-    """
-    area, low, high = auc_intervals(*_one_row(members, holdout))[0].tolist()
-    return area, low, high
-
-
-def auc_intervals(members: np.ndarray, holdout: np.ndarray) -> np.ndarray:
-    """`auc_interval` of each row of (scores, n₁) and (scores, n₀): float64 (scores, 3)."""
-    wins, losses = _placements(members, holdout)
-    ones, zeros = wins.shape[1], losses.shape[1]
-    least = min(ones, zeros)
-    if least < 2:
-        raise UsageError(f"{least} scores on one side: an interval needs at least 2 of each")
-    area = wins.mean(axis=1)
-    parted = (area == 0) | (area == 1)
-    error = np.sqrt(wins.var(axis=1, ddof=1) / ones + losses.var(axis=1, ddof=1) / zeros)
-    reach = Z95 * error / np.where(parted, 1.0, area * (1 - area))
-    centre = special.logit(np.where(parted, 0.5, area))
-    # Where all scores are equal the error is 0, and rounding must not push an end past the area.
-    low = np.minimum(special.expit(centre - reach), area)
-    high = np.maximum(special.expit(centre + reach), area)
-    for row in np.flatnonzero(parted):
-        low[row], high[row] = clopper_pearson(round(area[row] * least), least)
-    return np.stack([area, low, high], axis=1)
-
-
-def _one_row(members: np.ndarray, holdout: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    for name, scores in (("member", members), ("holdout", holdout)):
-        if scores.ndim != 1:
-            raise UsageError(f"{name} scores have shape {scores.shape}; give one number a row")
-    return members[None], holdout[None]
-
-
-def _placements(members: np.ndarray, holdout: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each row of scores: the share of holdout scores below each member (scores, n₁), and of
-    members above each holdout (scores, n₀)."""
-    for name, scores in (("member", members), ("holdout", holdout)):
-        if scores.ndim != 2 or not scores.shape[1] or len(scores) != len(members):
-            raise UsageError(
-                f"{name} scores have shape {scores.shape}; give one number a row, and as many "
-                f"sets of them as of members, {len(members)}"
-            )
-        if not np.isfinite(scores).all():
-            raise UsageError(f"{name} scores: {(~np.isfinite(scores)).sum()} are not finite")
-    count, others = members.shape[1], holdout.shape[1]
-    together = stats.rankdata(np.concatenate([members, holdout], axis=1), axis=1)
-    wins = (together[:, :count] - stats.rankdata(members, axis=1)) / others
-    losses = 1 - (together[:, count:] - stats.rankdata(holdout, axis=1)) / count
-    return wins, losses
-
-
-def clopper_pearson(successes: int, trials: int) -> tuple[float, float]:
-    """Exact 95 % interval of a share (Clopper & Pearson 1934)."""
-    check_count("trials", trials)
-    check_count("successes", successes, least=0)
-    if successes > trials:
-        raise UsageError(f"successes={successes}: more than the {trials} trials")
-    low = special.betaincinv(successes, trials - successes + 1, 0.025) if successes else 0.0
-    rest = trials - successes
-    high = special.betaincinv(successes + 1, rest, 0.975) if rest else 1.0
-    return float(low), float(high)
-
-
-@dataclass(frozen=True)
-class TprPoint:
-    """True-positive rate at a threshold, with 95 % Clopper–Pearson ends.
-
-    Attributes:
-        tpr: Share of members above the threshold.
-        low: Lower end for `tpr`.
-        high: Upper end for `tpr`.
-        fpr: Share above it among the non-members that did not set it.
-        fpr_high: Upper end for `fpr`.
-    """
-
-    tpr: float
-    low: float
-    high: float
-    fpr: float
-    fpr_high: float
-
-
-def tpr_at(
-    members: np.ndarray, holdout: np.ndarray, fpr: float, rng: np.random.Generator
-) -> TprPoint:
-    """TPR at the threshold that a random half of the non-members puts at FPR ≤ `fpr`.
-
-    Members play no part in the threshold, so their interval is exact; the other half of the
-    non-members shows the FPR that came out.
-    """
-    check_fraction("fpr", fpr)
-    if len(holdout) < 2 or not len(members):
-        raise UsageError(
-            f"{len(members)} member and {len(holdout)} holdout scores: TPR at an FPR needs at "
-            "least 1 and 2"
-        )
-    order = rng.permutation(len(holdout))
-    setting, checking = np.array_split(holdout[order], 2)
-    threshold = np.sort(setting)[::-1][math.floor(fpr * len(setting))]
-    hits, alarms = int((members > threshold).sum()), int((checking > threshold).sum())
-    low, high = clopper_pearson(hits, len(members))
-    fpr_high = clopper_pearson(alarms, len(checking))[1]
-    return TprPoint(hits / len(members), low, high, alarms / len(checking), fpr_high)
-
-
-def null_band(members: int, holdout: int) -> tuple[float, float]:
-    """95 % band of the AUC of a score that knows nothing: 1/2 ± 1.96 √((n₁+n₀+1)/(12 n₁ n₀))."""
-    check_count("members", members)
-    check_count("holdout", holdout)
-    reach = Z95 * math.sqrt((members + holdout + 1) / (12 * members * holdout))
-    return max(0.0, 0.5 - reach), min(1.0, 0.5 + reach)
+SELECTIONS = ("halves", "models")
+# Chance that know-nothing attacks are called a leak.
+ALPHA = 0.05
 
 
 @dataclass(frozen=True)
@@ -181,7 +62,7 @@ class AttackResult:
     """What one attack achieved; every rate is in [0, 1] and has the ends of its 95 % interval.
 
     Attributes:
-        name: Key in `ATTACKS`, or of the white-box scores.
+        name: Of the attack, or of the white-box scores.
         diagnostic: Whether it is shown only, never the strongest attack and no privacy score.
         auc: Area under the ROC curve; `tpr10`, `tpr1` are the TPR at 10 % and 1 % FPR.
     """
@@ -215,10 +96,15 @@ class Audit:
 
     Attributes:
         attacks: One row an attack, over all candidates.
-        strongest: The attack with the largest AUC on one half of the candidates, measured on the
-            other half; diagnostics do not take part. The figure to report.
+        strongest: The attack with the largest AUC where it was chosen, measured elsewhere (see
+            `selection`); diagnostics do not take part. The figure to report.
+        selection: `halves`: chosen on one half of the candidates, measured on the other;
+            `models`: chosen on selection models, measured on all candidates.
+        bands: AUC over all candidates that each attack proper must exceed to count as a leak: the
+            max-T band of all of them together (see `max_t`).
+        p_values: Of each attack proper, adjusted for all of them.
         blind_auc: AUC of the blind control over all candidates, near 1/2 in an honest split.
-        null_low: Lower end of the 95 % band of a know-nothing AUC, for `strongest`'s half.
+        null_low: Lower end of the 95 % band of a know-nothing AUC, for `strongest`'s rows.
         null_high: Upper end of it.
         ceiling_auc: Largest AUC that the run's guarantee allows; 1 without one.
         ceiling_tpr10: Largest TPR at 10 % FPR; `ceiling_tpr1` at 1 %.
@@ -230,6 +116,9 @@ class Audit:
 
     attacks: tuple[AttackResult, ...]
     strongest: AttackResult
+    selection: str
+    bands: Mapping[str, float]
+    p_values: Mapping[str, float]
     blind_auc: float
     null_low: float
     null_high: float
@@ -250,10 +139,18 @@ class Audit:
             raise UsageError(
                 f"audit: strongest={self.strongest.name!r} is not among the attacks proper"
             )
+        check_choice("audit: selection", self.selection, SELECTIONS)
+        for name in ("bands", "p_values"):
+            _check_shares(name, getattr(self, name), eligible)
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "float" and not 0 <= value <= 1:
                 raise UsageError(f"audit: {field.name}={value}: must lie in 0..1")
+
+    @property
+    def leaks(self) -> tuple[str, ...]:
+        """Attacks that tell members from others beyond luck, whatever the ceiling allows."""
+        return tuple(name for name, p in self.p_values.items() if p <= ALPHA)
 
     def to_json(self) -> str:
         """Text of an audit file; `from_json` gives an equal audit back."""
@@ -287,8 +184,17 @@ def _check_keys(kind: type, body: Any, where: str) -> dict[str, Any]:
         raise UsageError(f"{where}: unknown key {name!r}")
     for name in known:
         if name not in body:
-            raise UsageError(f"{where}: key {name!r} is missing")
+            raise UsageError(f"{where}: key {name!r} is missing; audit the run again")
     return body
+
+
+def _check_shares(name: str, values: Any, attacks: set[str]) -> None:
+    """Refuse anything but one number in 0..1 for each of `attacks`."""
+    if not isinstance(values, dict) or set(values) != attacks:
+        raise UsageError(f"audit: {name} must name each attack proper once: {sorted(attacks)}")
+    for attack, value in values.items():
+        if not isinstance(value, float) or not 0 <= value <= 1:
+            raise UsageError(f"audit: {name} of {attack!r} is {value!r}: must lie in 0..1")
 
 
 def _check_types(record: Any, where: str) -> None:
@@ -316,8 +222,10 @@ def audit(
     max_candidates: int,
     rng: np.random.Generator,
     device: str = "cpu",
+    attacks: Mapping[str, Attack] = ATTACKS,
+    pseudo: Sequence[WhiteBox] = (),
 ) -> tuple[Audit, pd.DataFrame]:
-    """Attack one synthetic table by everything in `ATTACKS` and by `white_box` scores.
+    """Attack one synthetic table by `attacks` and by `white_box` scores.
 
     Candidates are a random subset of the members and one of the holdout, of equal size.
 
@@ -333,19 +241,23 @@ def audit(
         max_candidates: Most candidates, members and holdout together.
         rng: Randomness of the subsets, halves and attacks.
         device: Where neighbours are searched: `cpu`, `cuda`, or `auto`; same scores.
+        attacks: By name; `QUICK` holds more.
+        pseudo: Scores of every attack and white-box score, diagnostics aside, on models of the
+            same kind that play the target: they choose the strongest attack. Without any, one
+            half of the candidates does.
 
     Returns:
         The audit, and a frame with one row a candidate: `member` (bool) and one column an attack.
 
     Raises:
         UsageError: On tables under different schemas, parts that share a row, too few rows,
-            white-box scores of the wrong length, an attack's name, or not finite, or a device
-            that is not there.
+            white-box scores of the wrong length, an attack's name, or not finite, no attack but
+            diagnostics, a selection model that lacks an attack, or a device that is not there.
     """
     resolve(device)
     _check_parts(synthetic, members, holdout, reference)
     white_box = white_box or {}
-    _check_white_box(white_box, len(members), len(holdout))
+    _check_white_box(white_box, attacks, len(members), len(holdout))
     check_count("max_candidates", max_candidates, least=2 * LEAST)
     size = min(max_candidates // 2, len(members), len(holdout))
     if size < LEAST:
@@ -355,52 +267,51 @@ def audit(
         )
     ins, outs = (rng.permutation(len(part))[:size] for part in (members, holdout))
     inside, outside = members.take(ins), holdout.take(outs)
-    scores = _scores(inside, outside, synthetic, reference, rng, device)
+    both = pd.concat([inside.frame, outside.frame], ignore_index=True)
+    candidates = Table(inside.schema, both)
+    found = score_all(attacks, candidates, synthetic, reference, rng, device=device)
+    scores = {name: (values[:size], values[size:]) for name, values in found.items()}
     scores |= {name: (pair[0][ins], pair[1][outs]) for name, pair in white_box.items()}
     blind_auc = auc(*blind(inside, outside, rng))
-    result = _conclude(scores, blind_auc, ceiling, rng)
+    result = conclude(scores, pseudo, blind_auc, ceiling, rng)
     frame = pd.DataFrame({name: np.concatenate(pair) for name, pair in scores.items()})
     frame.insert(0, "member", np.repeat([True, False], size))
     return result, frame
 
 
-Scores = dict[str, tuple[np.ndarray, np.ndarray]]
-
-
-def _scores(
-    inside: Table,
-    outside: Table,
-    synthetic: Table,
-    reference: Table,
+def conclude(
+    scores: Mapping[str, Scores],
+    pseudo: Sequence[WhiteBox],
+    blind_auc: float,
+    ceiling: Ceiling,
     rng: np.random.Generator,
-    device: str,
-) -> Scores:
-    both = pd.concat([inside.frame, outside.frame], ignore_index=True)
-    candidates = Table(inside.schema, both)
-    scores: Scores = {}
-    for name, attack in ATTACKS.items():
-        values = attack(candidates, synthetic, reference, rng, device=device)
-        scores[name] = (values[: len(inside)], values[len(inside) :])
-    return scores
-
-
-def _conclude(
-    scores: Scores, blind_auc: float, ceiling: Ceiling, rng: np.random.Generator
 ) -> Audit:
-    """Measure all attacks on all candidates; choose on one half, report on the other."""
-    size = len(next(iter(scores.values()))[0])
+    """Measure all attacks on all candidates; report the strongest where it was not chosen.
+
+    Args:
+        scores: Scores of members (n₁,) and of others (n₀,) by attack, on the same rows.
+        pseudo: As of `audit`.
+        blind_auc: AUC of the blind control.
+        ceiling: The ceiling of this very run.
+        rng: Of halves and permutations.
+
+    Raises:
+        UsageError: On no attack but diagnostics, attacks on different rows, a score that is not
+            finite, or a selection model that lacks an attack.
+    """
+    members, holdout = (side.shape[1] for side in stack(list(scores.values())))
     attacks = _measure(scores, rng)
-    inner, outer = rng.permutation(size), rng.permutation(size)
-    choosing = (inner[: size // 2], outer[: size // 2])
-    reporting = (inner[size // 2 :], outer[size // 2 :])
-    eligible = [name for name in scores if name not in DIAGNOSTICS]
-    halves = [_pick(scores[name], choosing) for name in eligible]
-    best = eligible[int(aucs(*_stack(halves)).argmax())]
-    ((strongest, points),) = _measure({best: _pick(scores[best], reporting)}, rng)
-    low, high = null_band(size - size // 2, size - size // 2)
-    return Audit(
+    proper = {name: pair for name, pair in scores.items() if name not in DIAGNOSTICS}
+    choice = choose(proper, pseudo, rng)
+    ((strongest, points),) = _measure({choice.name: choice.pick(proper[choice.name])}, rng)
+    low, high = null_band(len(choice.members), len(choice.holdout))
+    luck = max_t(proper, rng, alpha=ALPHA)
+    result = Audit(
         attacks=tuple(result for result, _ in attacks),
         strongest=strongest,
+        selection=SELECTIONS[choice.on_models],
+        bands=dict(zip(luck.names, luck.band.tolist(), strict=True)),
+        p_values=dict(zip(luck.names, luck.p_values.tolist(), strict=True)),
         blind_auc=blind_auc,
         null_low=low,
         null_high=high,
@@ -408,30 +319,19 @@ def _conclude(
         ceiling_tpr10=ceiling.tpr_at(0.1),
         ceiling_tpr1=ceiling.tpr_at(0.01),
         violation=_violates(strongest, points, ceiling),
-        members=size,
-        holdout=size,
-        notes=_notes(strongest, points, size, blind_auc),
+        members=members,
+        holdout=holdout,
+        notes=(),
     )
-
-
-def _pick(
-    pair: tuple[np.ndarray, np.ndarray], rows: tuple[np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    return pair[0][rows[0]], pair[1][rows[1]]
-
-
-def _stack(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Matrices (attacks, members) and (attacks, holdout)."""
-    members, holdout = zip(*pairs, strict=True)
-    return np.stack(members), np.stack(holdout)
+    return replace(result, notes=_notes(result, choice, points))
 
 
 def _measure(
-    scores: Scores, rng: np.random.Generator
+    scores: Mapping[str, Scores], rng: np.random.Generator
 ) -> list[tuple[AttackResult, tuple[TprPoint, TprPoint]]]:
     """Result and TPR at 10 % and 1 % FPR of each attack."""
     found = []
-    intervals = auc_intervals(*_stack(scores.values())).tolist()
+    intervals = auc_intervals(*stack(list(scores.values()))).tolist()
     for (name, pair), (area, low, high) in zip(scores.items(), intervals, strict=True):
         ten, one = tpr_at(*pair, 0.1, rng), tpr_at(*pair, 0.01, rng)
         result = AttackResult(
@@ -457,30 +357,50 @@ def _violates(strongest: AttackResult, points: tuple[TprPoint, TprPoint], ceilin
     return strongest.auc_low > ceiling.auc or any(above)
 
 
-def _notes(
-    strongest: AttackResult, points: tuple[TprPoint, TprPoint], size: int, blind_auc: float
-) -> tuple[str, ...]:
-    half = size - size // 2
+def _notes(result: Audit, choice: Choice, points: tuple[TprPoint, TprPoint]) -> tuple[str, ...]:
     ten, one = points
+    rows = f"{len(choice.members)} members, {len(choice.holdout)} non-members"
+    chosen = (
+        f"the largest mean AUC on selection models, reported on all candidates ({rows})"
+        if choice.on_models
+        else f"the largest AUC on one random half of the candidates, reported on the other half "
+        f"({rows}); the rows of attacks are over all candidates"
+    )
+    diagnostics = [attack.name for attack in result.attacks if attack.diagnostic]
     notes = [
-        f"strongest: the largest AUC on one random half of the candidates, reported on the other "
-        f"half ({half} members, {half} non-members); the rows of attacks are over all candidates",
-        f"{strongest.name}: FPR came out at {ten.fpr:.4f} for 10 % and {one.fpr:.4f} for 1 % on "
+        f"strongest: {chosen}",
+        f"{choice.name}: FPR came out at {ten.fpr:.4f} for 10 % and {one.fpr:.4f} for 1 % on "
         "the non-members that did not set the threshold",
-        "dcr is a diagnostic and no privacy score",
+        _verdict(result),
+        *(f"{name} is a diagnostic and no privacy score" for name in diagnostics),
     ]
-    if half < ENOUGH:
+    if tail_rate(len(choice.holdout)) > 0.01:
         notes.append(
-            f"TPR at 1 % FPR rests on {half} non-members, fewer than {ENOUGH}: its interval is "
-            "wide and its FPR uncertain; read TPR at 10 % FPR"
+            f"TPR at 1 % FPR rests on {len(choice.holdout)} non-members, fewer than {ENOUGH}: its "
+            "interval is wide and its FPR uncertain; read TPR at 10 % FPR"
         )
-    low, high = null_band(size, size)
-    if not low <= blind_auc <= high:
+    low, high = null_band(result.members, result.holdout)
+    if not low <= result.blind_auc <= high:
         notes.append(
-            f"blind control: AUC {blind_auc:.3f} lies outside {low:.3f}..{high:.3f}, so members "
-            "and holdout may differ without any synthetic row; do not read the attacks as leakage"
+            f"blind control: AUC {result.blind_auc:.3f} lies outside {low:.3f}..{high:.3f}, so "
+            "members and holdout may differ without any synthetic row; do not read the attacks as "
+            "leakage"
         )
     return tuple(notes)
+
+
+def _verdict(result: Audit) -> str:
+    """Whether any attack is beyond luck, in plain words."""
+    count = f"{len(result.p_values)} attacks held together"
+    if not result.leaks:
+        return f"no attack exceeds its 95 % max-T band ({count}): no leak was found"
+    areas = {attack.name: attack.auc for attack in result.attacks}
+    best = min(result.leaks, key=lambda name: (result.p_values[name], -areas[name]))
+    return (
+        f"leaks: {', '.join(result.leaks)} beyond the 95 % max-T band ({count}); {best}: AUC "
+        f"{areas[best]:.4f} beyond {result.bands[best]:.4f}, adjusted p = "
+        f"{result.p_values[best]:.4f}"
+    )
 
 
 def _check_parts(synthetic: Table, members: Table, holdout: Table, reference: Table) -> None:
@@ -490,7 +410,7 @@ def _check_parts(synthetic: Table, members: Table, holdout: Table, reference: Ta
             raise UsageError(f"synthetic and {name} have different schemas; use the run's schema")
     if len(synthetic) < 2:
         raise UsageError(f"synthetic has {len(synthetic)} rows; an audit needs at least 2")
-    hashes = {name: _row_hashes(part) for name, part in parts.items()}
+    hashes = {name: row_hashes(part) for name, part in parts.items()}
     for first, second in (
         ("members", "holdout"),
         ("members", "reference"),
@@ -503,14 +423,13 @@ def _check_parts(synthetic: Table, members: Table, holdout: Table, reference: Ta
             )
 
 
-def _row_hashes(table: Table) -> np.ndarray:
-    """(rows,) 64-bit hashes: equal rows have equal ones, and a chance meeting is negligible."""
-    return pd.util.hash_pandas_object(table.frame, index=False, categorize=False).to_numpy()
-
-
-def _check_white_box(white_box: WhiteBox, members: int, holdout: int) -> None:
+def _check_white_box(
+    white_box: WhiteBox, attacks: Mapping[str, Attack], members: int, holdout: int
+) -> None:
+    if not {*attacks, *white_box} - DIAGNOSTICS:
+        raise UsageError("no attack but diagnostics; give at least one attack or white-box score")
     for name, pair in white_box.items():
-        if name in ATTACKS or name == "member":
+        if name in {*attacks, *DIAGNOSTICS, "member"}:
             raise UsageError(f"white-box attack {name!r}: the name is taken; choose another")
         sides = zip(("members", "holdout"), pair, (members, holdout), strict=True)
         for part, scores, rows in sides:
