@@ -25,6 +25,7 @@ def audit(**change: Any) -> Any:
     strongest = SimpleNamespace(**one)
     dcr = SimpleNamespace(**(one | {"name": "dcr", "diagnostic": True}))
     facts = {"attacks": (strongest, dcr), "strongest": strongest, "blind_auc": 0.503}
+    facts["chosen"] = "chosen on one half of the candidates and measured on the other"
     facts |= {"null_low": 0.489, "null_high": 0.511, "ceiling_auc": 0.574, "ceiling_tpr10": 0.16}
     facts |= {"ceiling_tpr1": 0.02, "violation": False, "notes": ("half of | candidates",)}
     return SimpleNamespace(**(facts | change))

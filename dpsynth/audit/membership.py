@@ -152,6 +152,13 @@ class Audit:
         """Attacks that tell members from others beyond luck, whatever the ceiling allows."""
         return tuple(name for name, p in self.p_values.items() if p <= ALPHA)
 
+    @property
+    def chosen(self) -> str:
+        """How the strongest attack was chosen, in plain words."""
+        if self.selection == "models":
+            return "chosen on selection models and measured on all candidates"
+        return "chosen on one half of the candidates and measured on the other"
+
     def to_json(self) -> str:
         """Text of an audit file; `from_json` gives an equal audit back."""
         return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"

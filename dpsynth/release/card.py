@@ -403,9 +403,8 @@ def _attacks(audit: Audit | None) -> list[str]:
         return ["Not audited yet."]
     best = audit.strongest
     lines = [
-        f"Could an attacker tell who was in the table? Strongest attack, chosen on one half of "
-        f"the candidates and measured on the other: **{markdown_text(best.name)}**. A know-nothing "
-        f"AUC lies within {audit.null_low:.3f} to {audit.null_high:.3f}; a blind attacker who "
+        f"Could an attacker tell who was in the table? Strongest attack, {audit.chosen}: "
+        f"**{markdown_text(best.name)}**. A know-nothing AUC lies within {audit.null_low:.3f} to {audit.null_high:.3f}; a blind attacker who "
         f"never sees the output reached {audit.blind_auc:.3f}. Computed on private rows: not "
         "differentially private.",
         "",

@@ -373,9 +373,8 @@ def _attacks(audit: Audit | None) -> str:
         "use this run before the cause is found.</div>"
     )
     return (
-        f"<h2>Attacks</h2>{alarm if audit.violation else ''}<p>Strongest, chosen on one half of "
-        f"the candidates and measured on the other: <strong>{_text(best.name)}</strong>. A "
-        f"know-nothing AUC lies within {audit.null_low:.3f} to {audit.null_high:.3f}; a blind "
+        f"<h2>Attacks</h2>{alarm if audit.violation else ''}<p>Strongest, {audit.chosen}: "
+        f"<strong>{_text(best.name)}</strong>. A know-nothing AUC lies within {audit.null_low:.3f} to {audit.null_high:.3f}; a blind "
         f"attacker reached {audit.blind_auc:.3f}.</p>"
         + _table(("strongest", "measured", "low", "high", "ceiling"), figures)
         + "<p>Every attack, on all candidates:</p>"
