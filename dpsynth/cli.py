@@ -28,6 +28,8 @@ from rich.table import Table as Grid
 
 from dpsynth import datasets
 from dpsynth.artifacts import read_folder
+from dpsynth.audit.shadow_tables import read_shadows
+from dpsynth.audit.tables import audit_table
 from dpsynth.checks import RefusedError, UsageError, check_choice, check_count, check_positive
 from dpsynth.data import Split, Table, read_frame, write_frame
 from dpsynth.evaluation import Report, evaluate
@@ -55,6 +57,7 @@ from dpsynth.randomness import fresh_key, secure_stream, stream
 from dpsynth.release.card import card
 from dpsynth.release.verify import verify
 from dpsynth.schema import Schema
+from dpsynth.suite.run import SUITES, Setting, audit_run
 from dpsynth.training.recipe import Recipe, epsilon_for
 from dpsynth.training.release import check_release
 from dpsynth.training.run import Run
@@ -69,6 +72,8 @@ USAGE = """dpsynth: synthetic tables under differential privacy, and the evidenc
   dpsynth frontier SWEEP              figures and data of a sweep
   dpsynth sample   RUN --rows N       a table from a run
   dpsynth evaluate RUN|TABLE --real R --holdout H
+  dpsynth audit    RUN --suite quick|full     attacks, lower bounds and controls of one run
+  dpsynth audit-table --synthetic S --candidates C    how likely each candidate was a member
   dpsynth verify   RUN                recompute the claim of a run from its files
   dpsynth select   KEY=V1,V2 ...      train a random number of trials, keep the best, pay for all
   dpsynth inspect  RUN                what is in a run folder, and what it allows an attacker
@@ -135,6 +140,8 @@ def _dispatch(arguments: list[str]) -> None:
         "frontier": _frontier,
         "sample": _sample,
         "evaluate": _evaluate,
+        "audit": _audit,
+        "audit-table": _audit_table,
         "verify": _verify,
         "select": _select,
         "inspect": _inspect,
@@ -325,6 +332,8 @@ def judging_of(cfg: DictConfig) -> Judging:
         cfg.audit.seed,
         cfg.training.device,
         apart=bool(cfg.private_report or cfg.release),
+        canaries=cfg.audit.canaries,
+        canary=cfg.audit.canary,
     )
 
 
@@ -537,6 +546,86 @@ def _print_report(report: Report) -> None:
         console.print(f"note: {note}")
 
 
+def _audit(arguments: list[str]) -> None:
+    parser = _Parser(
+        prog="dpsynth audit",
+        description="Attack a run, bound its ε from below, and check the audit by known answers.",
+        epilog="Exit code 3 when a control fails or the evidence contradicts the claim. A killed "
+        "audit goes on where it stopped.",
+    )
+    usual = Setting()
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument(
+        "rows", nargs="*", metavar="KEY=VALUE", help="data and split that it was trained with"
+    )
+    parser.add_argument("--suite", default=usual.suite, help=f"{' or '.join(SUITES)}")
+    parser.add_argument("--out", type=Path, help="folder to write; RUN.audit by default")
+    parser.add_argument("--candidates", type=int, default=usual.max_candidates)
+    parser.add_argument("--shadows", type=int, default=usual.shadows, help="shadow models (full)")
+    parser.add_argument("--fits", type=int, default=usual.fits, help="trainings a side (full)")
+    parser.add_argument("--canaries", type=int, default=usual.canaries, help="of one run (full)")
+    parser.add_argument("--seed", type=int, default=usual.seed)
+    parser.add_argument("--device", default=usual.device, help="auto, cpu or cuda")
+    options = parser.parse_intermixed_args(arguments)
+    setting = Setting(
+        options.suite,
+        max_candidates=options.candidates,
+        shadows=options.shadows,
+        fits=options.fits,
+        canaries=options.canaries,
+        seed=options.seed,
+        device=options.device,
+    )
+    name = str(read_folder(options.run)[1].get("data", ""))
+    known = [] if any(row.startswith("data=") for row in options.rows) else _rows_of(name)
+    cfg = configure([*known, *options.rows])
+    out = options.out or options.run.resolve().with_name(f"{options.run.resolve().name}.audit")
+    report = audit_run(
+        options.run, split_of(cfg), setting, out=out, data=cfg.data.name, console=console
+    )
+    console.print(f"audit: {out / 'README.md'}   {report.verdict}", soft_wrap=True)
+    if report.failed or report.violations:
+        raise RefusedError(f"audit {str(out)!r}: {report.verdict}")
+
+
+def _rows_of(name: str) -> list[str]:
+    """Settings of an embedded table by its name."""
+    if name not in datasets.names():
+        return []
+    return ["data=adult"] if name == "adult" else ["data=simulated", f"data.name={name}"]
+
+
+def _audit_table(arguments: list[str]) -> None:
+    parser = _Parser(
+        prog="dpsynth audit-table",
+        description="Score how likely each candidate was among the rows that any generator saw: "
+        "one column an attack, and `combined`; higher = more likely.",
+    )
+    parser.add_argument("--synthetic", type=Path, required=True, help="the generator's table")
+    parser.add_argument("--candidates", type=Path, required=True, help="rows that are asked about")
+    parser.add_argument("--reference", type=Path, help="population rows that are neither")
+    parser.add_argument("--shadow-dir", type=Path, help="tables of other generators of the kind")
+    parser.add_argument("--schema", type=Path, help="schema file; read off the tables if absent")
+    parser.add_argument("--cache", type=Path, help="folder that keeps the fitted classifier")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--out", type=Path, required=True, help=".parquet or .csv file")
+    options = parser.parse_args(arguments)
+    scores = audit_table(
+        read_frame(options.synthetic),
+        read_frame(options.candidates),
+        reference=None if options.reference is None else read_frame(options.reference),
+        shadows=() if options.shadow_dir is None else read_shadows(options.shadow_dir),
+        schema=None if options.schema is None else Schema.load(options.schema),
+        rng=stream(options.seed, "audit-table"),
+        device=options.device,
+        progress=lambda remark: console.print(remark, soft_wrap=True),
+        cache=options.cache,
+    )
+    write_frame(scores, options.out)
+    console.print(f"{len(scores)} scores: {options.out}", soft_wrap=True)
+
+
 def _verify(arguments: list[str]) -> None:
     parser = _Parser(
         prog="dpsynth verify",
@@ -554,6 +643,8 @@ def _select(arguments: list[str]) -> None:
         return _help_keys()
     grid = expand(arguments)
     first = grid[0][0]
+    if any(cfg.audit.canaries for cfg, _ in grid):
+        raise UsageError("audit.canaries: select judges nothing; use `dpsynth train`")
     out = Path(first.out or f"runs/selected-{first.data.name}")
     if out.exists():
         raise UsageError(f"out={str(out)!r}: exists already; choose another or remove it")

@@ -14,6 +14,7 @@ from torch import Tensor
 from dpsynth.checks import UsageError
 from dpsynth.codec import Layout
 from dpsynth.models import Generator
+from dpsynth.models.diffusion import RATES
 from dpsynth.randomness import FleetRng
 from dpsynth.training.recipe import FAMILIES
 
@@ -373,6 +374,111 @@ def test_one_pass_scores_the_same_rows_for_all_runs(family: str) -> None:
     assert torch.equal(*same.scores(codes, rng, draws=2)[:2])
     with pytest.raises(UsageError, match="piece=0"):
         model.scores(codes, rng, piece=0)
+
+
+# Signals
+
+
+def signals_of(model: Generator, codes: Tensor, key: int = 5, **settings: Any) -> Tensor:
+    return model.signals(codes, FleetRng([key], dtype=torch.float64), **settings)
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, NO_TARGET, Layout((4,), 0), Layout((4,), None)])
+@families
+def test_a_signal_of_a_record_knows_neither_other_records_nor_other_runs(
+    family: str, layout: Layout
+) -> None:
+    """The same noises for all: a number depends on the record and its model alone."""
+    model, codes = make_fleet(family, layout, KEYS), random_codes(layout, 1, 9)
+    found = signals_of(model, codes, draws=6)
+    assert found.shape == (3, 9, len(model.signal_names))
+    assert found.isfinite().all()
+    for piece in (1, 4):
+        torch.testing.assert_close(signals_of(model, codes, draws=6, piece=piece), found)
+    order = torch.tensor([4, 0, 8, 2])
+    torch.testing.assert_close(signals_of(model, codes[:, order], draws=6), found[:, order])
+    torch.testing.assert_close(signals_of(model, codes.expand(3, -1, -1), draws=6), found)
+    for run, key in enumerate(KEYS):
+        alone = signals_of(make_fleet(family, layout, [key]), codes, draws=6)
+        torch.testing.assert_close(alone[0], found[run])
+    own = codes.expand(3, -1, -1).clone()
+    own[1] = random_codes(layout, 1, 9, seed=3)[0]
+    torch.testing.assert_close(signals_of(model, own, draws=6)[[0, 2]], found[[0, 2]])
+    for settings, part in (({"draws": 0}, "draws=0"), ({"piece": 0}, "piece=0")):
+        with pytest.raises(UsageError, match=part):
+            signals_of(model, codes, **settings)
+    with pytest.raises(UsageError, match="3 keys"):
+        model.signals(codes, FleetRng(KEYS))
+
+
+@pytest.mark.parametrize("family", ["naive_bayes", "independent", "gan"])
+def test_a_family_without_draws_signals_its_attack_loss(family: str) -> None:
+    model, codes = make_fleet(family, LAYOUT, KEYS), random_codes(LAYOUT, 3, 9)
+    loss = model.attack_loss(codes, draws(KEYS)).detach()
+    torch.testing.assert_close(signals_of(model, codes)[..., 0], loss)
+
+
+def test_masks_hide_every_column_but_the_target_equally_often() -> None:
+    for layout, free in ((LAYOUT, 3), (NO_TARGET, 4), (Layout((2,) * 14, 13), 13)):
+        model = make_fleet("diffusion", layout, [1])
+        masks = model.masks(draws([3]), 2 * free)  # type: ignore[operator]
+        counts = masks.sum(-1)
+        for rate, found in zip(RATES, counts.tolist(), strict=True):
+            assert set(found) == {max(1, round(rate * free))}
+        often = masks.sum(1)
+        for column in range(layout.columns):
+            due = 0 if column == layout.target else 2 * counts[:, 0]
+            assert (often[:, column] == due).all()
+        again = model.masks(draws([3]), 2 * free)  # type: ignore[operator]
+        assert torch.equal(again, masks)
+    # One of 13! orders.
+    assert not torch.equal(model.masks(draws([4]), 2 * free), masks)  # type: ignore[operator]
+
+
+def test_losses_by_mask_are_the_denoisers_own_and_signals_their_means() -> None:
+    """Against torch's own cross-entropy, mask by mask."""
+    model, codes = make_fleet("diffusion", LAYOUT, KEYS), random_codes(LAYOUT, 3, 5)
+    rng = FleetRng([5], dtype=torch.float64)
+    losses = model.mask_losses(codes, rng, draws=4, piece=2)  # type: ignore[operator]
+    masks = model.masks(rng.at("signals"), 4)  # type: ignore[operator]
+    for rate, draw in itertools.product(range(len(RATES)), range(4)):
+        hidden = masks[rate, draw]
+        with torch.no_grad():
+            logits = model.logits(codes, hidden.expand(codes.shape))  # type: ignore[operator]
+        blocks = logits.split(LAYOUT.levels, dim=-1)
+        each = [
+            torch.nn.functional.cross_entropy(blocks[j].mT, codes[..., j], reduction="none")
+            for j in hidden.nonzero().flatten().tolist()
+        ]
+        torch.testing.assert_close(losses[..., rate, draw], torch.stack(each).mean(0))
+    found = signals_of(model, codes, draws=4)
+    torch.testing.assert_close(found[..., 1:], losses.mean(-1))
+    torch.testing.assert_close(found[..., 0], losses.mean((-1, -2)))
+
+
+def test_importance_weights_estimate_the_likelihood_of_a_row() -> None:
+    """exp(−IWAE) is an unbiased estimate of p(x), so over all rows it adds up to one, while the
+    evidence bound falls short; reconstruction + KL is that bound under the same noises."""
+    model, rows = make_fleet("vae", LAYOUT, [2], jitter=0.2), every_row(LAYOUT)
+    found = signals_of(model, rows, draws=2000)[0]
+    iwae, reconstruction, kl = (found * torch.tensor([1, 1, -1])).unbind(-1)
+    # The weights have a long tail, which 2000 draws miss a little of.
+    assert float((-iwae).exp().sum()) == pytest.approx(1, abs=0.04)
+    assert (iwae < reconstruction + kl).all()
+    assert float((-(reconstruction + kl)).exp().sum()) < 0.9
+    single = signals_of(model, rows, 3, draws=1)[0]
+    stats = model.network["encoder"](LAYOUT.one_hot(rows, torch.float64))[0].detach()  # type: ignore[index, operator]
+    mean, log_var = stats.chunk(2, dim=-1)
+    noise = FleetRng([3], dtype=torch.float64).at("signals").normal(1, 3)[0]
+    code = torch.distributions.Normal(mean, (0.5 * log_var).exp())
+    z = code.mean + code.stddev * noise
+    unit = torch.distributions.Normal(0.0, 1.0)
+    weight = (unit.log_prob(z) - code.log_prob(z)).sum(-1)
+    torch.testing.assert_close(single[:, 0], single[:, 1] - weight)
+    divergence = torch.distributions.kl_divergence(
+        code, torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
+    )
+    torch.testing.assert_close(single[:, 2], -divergence.sum(-1))
 
 
 def test_finished_models_neither_learn_nor_hold_rows() -> None:

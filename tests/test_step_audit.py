@@ -13,15 +13,13 @@ from tiny import recipe, seat
 from torch import Tensor
 
 from dpsynth.audit import step as step_module
-from dpsynth.audit.step import (
-    Bound,
-    audit_sampler,
-    audit_steps,
+from dpsynth.audit.bounds import (
     epsilon_from_rates,
     mu_from_guesses,
     mu_from_rates,
     upper_rate,
 )
+from dpsynth.audit.step import Bound, audit_sampler, audit_steps
 from dpsynth.checks import UsageError
 from dpsynth.networks import FleetLinear, Mlp
 from dpsynth.privacy.batches import PoissonBatches

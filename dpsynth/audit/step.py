@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float, Int
 from scipy import fft, special, stats
 from scipy.spatial import KDTree
 
-from dpsynth.checks import UsageError, check_count, check_fraction, check_positive
+from dpsynth.audit.bounds import mu_from_guesses, mu_from_rates
+from dpsynth.checks import UsageError, check_fraction, check_positive
 
 __all__ = [
     "Bound",
@@ -25,10 +26,6 @@ __all__ = [
     "StepAudit",
     "audit_sampler",
     "audit_steps",
-    "epsilon_from_rates",
-    "mu_from_guesses",
-    "mu_from_rates",
-    "upper_rate",
 ]
 
 EpsilonOf = Callable[[float], float]
@@ -43,62 +40,6 @@ LAGS = 200
 NEIGHBOURS = 8
 # Most batches, and most records, that are compared each with each.
 PAIRED = 2000
-
-
-# -- bounds from counts of errors --------------------------------------------------------------
-
-
-def upper_rate(errors: int, trials: int, alpha: float) -> float:
-    """Clopper–Pearson: the largest rate not refuted, at level `alpha`, by `errors` of `trials`."""
-    check_fraction("alpha", alpha)
-    check_count("trials", trials)
-    check_count("errors", errors, least=0)
-    if errors > trials:
-        raise UsageError(f"errors={errors}: more than trials={trials}")
-    if errors == trials:
-        return 1.0
-    return float(stats.beta.ppf(1 - alpha, errors + 1, trials - errors))
-
-
-def epsilon_from_rates(
-    missed: int, members: int, false: int, others: int, *, delta: float, alpha: float = 0.05
-) -> float:
-    """Lower bound on ε of any (ε, δ)-DP mechanism: ln[(1 − FNR⁺ − δ)/FPR⁺], at least 0.
-
-    The rule that made the errors must have been fixed on other observations.
-
-    Args:
-        missed: Observations with the canary that were taken for ones without, of `members`.
-        false: Observations without it that were taken for ones with, of `others`.
-        delta: δ of the claim.
-        alpha: Chance that the bound lies above the true ε; half of it for each rate.
-    """
-    fnr = upper_rate(missed, members, alpha / 2)
-    fpr = upper_rate(false, others, alpha / 2)
-    gained = 1 - fnr - delta
-    return max(0.0, math.log(gained / fpr)) if gained > 0 else 0.0
-
-
-def mu_from_rates(
-    missed: int, members: int, false: int, others: int, *, alpha: float = 0.05
-) -> float:
-    """Lower bound on μ of a μ-GDP mechanism: Φ⁻¹(1 − FPR⁺) − Φ⁻¹(FNR⁺), at least 0 (Nasr et al.
-    2023, §4.2). Arguments as in `epsilon_from_rates`."""
-    fnr = upper_rate(missed, members, alpha / 2)
-    fpr = upper_rate(false, others, alpha / 2)
-    return max(0.0, float(stats.norm.isf(fpr) - stats.norm.ppf(fnr)))
-
-
-def mu_from_guesses(right: int, guesses: int, *, alpha: float = 0.05) -> float:
-    """Lower bound on μ from guesses of fair coins, of which `right` came true, at least 0.
-
-    Whatever happened before, a guess at a fair coin through a μ-GDP mechanism comes true with
-    probability Φ(μ/2) at most, so the number of right ones is dominated by a binomial: no scores
-    need be independent or Gaussian. Both kinds of error share one count, hence one interval where
-    `mu_from_rates` needs two.
-    """
-    wrong = upper_rate(guesses - right, guesses, alpha)
-    return max(0.0, -2 * float(stats.norm.ppf(wrong)))
 
 
 @dataclass(frozen=True)

@@ -25,19 +25,34 @@ from threadpoolctl import threadpool_limits
 
 from dpsynth.artifacts import MANIFEST, read_folder, write_folder
 from dpsynth.audit import Audit, Ceiling, audit
+from dpsynth.audit.bounds import Family
 from dpsynth.audit.membership import LEAST
+from dpsynth.audit.one_run import OneRunAudit, audit_one_run
 from dpsynth.baselines import controls
 from dpsynth.checks import UsageError, check_count
 from dpsynth.data import Split, Table
 from dpsynth.devices import resolve
 from dpsynth.evaluation import Report, evaluate, floors
 from dpsynth.frontier import results
+from dpsynth.privacy.events import Event
 from dpsynth.privacy.ledger import Ledger
+from dpsynth.privacy.plan import PrivacyPlan
 from dpsynth.privacy.together import Release, together
 from dpsynth.randomness import FleetRng, derive, stream
 from dpsynth.release.card import card
 from dpsynth.release.page import overlays, page
 from dpsynth.release.verify import PROFILE
+from dpsynth.training.canaries import (
+    CanaryGrid,
+    CanarySettings,
+    canary_key,
+    coins_of,
+    kept_scores,
+    record_canaries,
+    scaled_epsilon,
+    scaled_profile,
+    with_records,
+)
 from dpsynth.training.expected import expected_events
 from dpsynth.training.grid import Grid, Member, RunLoggers
 from dpsynth.training.recipe import FAMILIES, Recipe, Seat, check_seat, plan_of
@@ -47,6 +62,7 @@ __all__ = [
     "Judging",
     "LoggerOf",
     "Point",
+    "bound_by_canaries",
     "data_name",
     "finished_runs",
     "gather",
@@ -59,6 +75,8 @@ __all__ = [
 CONTROLS = ("fresh", "p-leak .2", "copy")
 LEAK = 0.2
 FAULT = "fault.txt"
+# The auditor's keys, coins and scores, in the private folder.
+KEPT = "canaries"
 LoggerOf = Callable[[Path], Sequence[Logger] | bool]
 Submit = Callable[..., Future[str]]
 
@@ -77,6 +95,8 @@ class Judging:
         device: Where tables are compared: `cpu`, `cuda` or `auto`; the figures are the same.
         apart: Whether figures go to `private/` instead of beside the run, so that everything under
             `runs/` is covered by its ε and may be published.
+        canaries: Canaries that each private run is trained with, for a lower bound on its ε.
+        canary: What they are, one of `training.canaries.KINDS`.
     """
 
     max_rows: int | None = None
@@ -86,6 +106,8 @@ class Judging:
     seed: int = 0
     device: str = "auto"
     apart: bool = False
+    canaries: int = 0
+    canary: str = "gradient"
 
     def __post_init__(self) -> None:
         if self.max_rows is not None:
@@ -94,6 +116,12 @@ class Judging:
         check_count("draws", self.draws)
         check_count("seed of judging", self.seed, least=0)
         resolve(self.device)
+        CanarySettings(self.canaries, self.canary)
+
+    @property
+    def planted(self) -> CanarySettings:
+        """The canaries of a private run."""
+        return CanarySettings(self.canaries, self.canary)
 
 
 @dataclass(frozen=True)
@@ -138,6 +166,7 @@ class _Bench:
         sweep: What publishing all runs costs, as cards say it.
         fault: Why nothing can be judged, where figures are kept apart: whether it can be is private
             too, so it must not stop a release.
+        private: Folder that is never published.
     """
 
     split: Split
@@ -150,6 +179,7 @@ class _Bench:
     data: str
     fault: str = ""
     sweep: Mapping[str, Any] = field(default_factory=dict)
+    private: Path = Path("private")
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +293,9 @@ def make_runs(
         raise UsageError("the grid holds the same point twice; list each value once")
     for point in points:
         check_seat(point.recipe, Seat(split.members, point.epsilon, point.seed))
-    _check_same_data(folder, split)
+        unit = point.recipe.privacy.get("unit", "record")
+        judging.planted.check(point.recipe.model, unit)
+    _check_same_data(folder, split, judging)
     console.print("measuring floors: members against holdout, and trained on real rows")
     try:
         bench = _bench(split, data, judging)
@@ -271,13 +303,14 @@ def make_runs(
         if not judging.apart:
             raise
         bench = _faulty(split, data, judging, str(error))
+    bench = replace(bench, private=folder / "private")
     if not alone:
         bench = replace(bench, sweep=_published(points, split.members))
     work = _work(points, bench, folder, alone, taken, memory)
     fleets, notes = work.grid.fleets(work.needed)
     _say(work, fleets, notes, console)
     work.grid.keep(fleets)
-    (folder / "private" / "data").write_text(_digest(split))
+    (folder / "private" / "data").write_text(_digest(split, judging))
     with _threads(), _judges(bench, workers or os.cpu_count() or 1, console) as submit:
         wanted = with_controls and not bench.fault
         jobs = _submit_controls(bench, folder, points, submit) if wanted else {}
@@ -404,7 +437,7 @@ def _work(
     unknown = replace(rows.schema, expected_rows=None)  # the attacker counts its own rows
     known = replace(rows, schema=unknown)
     for point in points:
-        seat = Seat(bench.split.members, point.epsilon, point.seed)
+        seat = Seat(_rows_of(point, bench), point.epsilon, point.seed)
         members[point.name] = Member(point.name, point.recipe, seat)
         if not bench.judging.reference_model:
             continue
@@ -414,8 +447,18 @@ def _work(
         members[name] = Member(name, point.recipe, Seat(known, math.inf, seed, "reference"))
     there = [p.name for p in points if (folder / "runs" / p.name / MANIFEST).is_file()]
     missing = tuple(p.name for p in points if p.name not in {*there, *taken})
-    grid = Grid(members, folder / "private", memory)
+    grid = Grid(members, bench.private, memory)
+    if bench.judging.canaries and bench.judging.canary == "gradient":
+        grid = CanaryGrid(members, bench.private, memory, bench.judging.canaries)
     return _Work(grid, {p.name: p for p in points}, reference, missing)
+
+
+def _rows_of(point: Point, bench: _Bench) -> Table:
+    """Rows that a point trains on: the members, with those of its canaries that are rows."""
+    planted, rows = bench.judging.planted, bench.split.members
+    if not planted.number or planted.kind != "record" or math.isinf(point.epsilon):
+        return rows
+    return with_records(rows, planted, canary_key(bench.private / KEPT, point.name, point.seed))
 
 
 def _say(
@@ -533,7 +576,7 @@ def _judges(bench: _Bench, workers: int, console: Console) -> Iterator[Submit]:
 def _judge_run(source: Path, reference: Path | None, target: Path, variant: str) -> str:
     """Sample one trained run, judge it and write its folder."""
     bench = _worker["bench"]
-    run = Run.load(source)
+    run = _told_of_canaries(Run.load(source), bench)
     key = None if run.seed is None else derive(run.seed, "samples")
     synthetic = run.sample_table(run.plan.rows, rng=key)
     facts = {**run_facts(run, name=target.name, data=bench.data), **bench.sweep}
@@ -554,6 +597,15 @@ def _judge_run(source: Path, reference: Path | None, target: Path, variant: str)
     return said
 
 
+def _told_of_canaries(run: Run, bench: _Bench) -> Run:
+    """The run with a word on the canaries that it was trained with."""
+    planted = bench.judging.planted
+    if not planted.number or not run.plan.private:
+        return run
+    said = {"number": planted.number, "kind": planted.kind}
+    return replace(run, lineage={**run.lineage, "canaries": said})
+
+
 def _figures_apart(
     run: Run, reference: Path | None, synthetic: Table, facts: Mapping[str, Any]
 ) -> dict[str, bytes]:
@@ -571,7 +623,8 @@ def _figures(
 ) -> tuple[dict[str, bytes], str]:
     """Evaluation and audit of one run as files, and one line of them."""
     bench = _worker["bench"]
-    scores = _white_box(run, None if reference is None else Run.load(reference), bench)
+    other = None if reference is None else Run.load(reference)
+    scores = _white_box(run, other, bench)
     report, attacked = _judge(synthetic, bench, scores, _ceiling(run))
     shown = overlays(bench.split.members, synthetic)
     judged = {**facts, "metrics": report.metrics, "floors": report.floors, "audit": attacked}
@@ -581,7 +634,58 @@ def _figures(
         "README.md": card(judged).encode(),
         "report.html": page(facts, report, attacked, shown).encode(),
     }
-    return files, _line(facts["name"], report, attacked)
+    said = _line(facts["name"], report, attacked)
+    if "canaries" in run.lineage:
+        found = _one_run(run, other, facts["name"], bench)
+        files["canaries.json"] = found.to_json().encode()
+        said = f"{said}\n    {found.line}"
+    return files, said
+
+
+def _one_run(run: Run, reference: Run | None, name: str, bench: _Bench) -> OneRunAudit:
+    """Lower bounds on ε of what the run's canaries went through: gradients through DP-SGD alone,
+    records through all that read the table."""
+    planted, plan, seed = bench.judging.planted, run.plan, bench.judging.seed
+    if planted.kind == "gradient":
+        scores, coins = kept_scores(bench.private / KEPT, name)
+        events = [plan.training_event("dpsgd")]
+    else:
+        key = canary_key(bench.private / KEPT, name, run.seed)
+        rows = record_canaries(run.schema, planted.number, key)
+        coins = coins_of(key, planted.number)
+        scores = _scored(run, rows, bench)
+        scores = scores if reference is None else scores - _scored(reference, rows, bench)
+        events = run.ledger.events[len(plan.spent) :]  # the schema was measured before them
+    rng = stream(seed, f"one run:{name}")
+    return bound_by_canaries(scores, coins, events, plan, kind=planted.kind, rng=rng)
+
+
+def bound_by_canaries(
+    scores: np.ndarray,
+    coins: np.ndarray,
+    events: Sequence[Event],
+    plan: PrivacyPlan,
+    *,
+    kind: str,
+    rng: np.random.Generator,
+) -> OneRunAudit:
+    """Lower bounds on ε of events that canaries went through.
+
+    Args:
+        scores: Of each canary (canaries,), higher for "in".
+        coins: Whether it was in (canaries,).
+        events: What read the canaries, as claimed.
+        plan: Whose δ and unit the claim has.
+        kind: What a canary was.
+        rng: Of the simulated attacks.
+    """
+    group = plan.contributions
+    family = Family.of_profiles(
+        lambda scale: scaled_profile(events, scale, group),
+        lambda scale: scaled_epsilon(events, scale, plan.delta, group),
+        steps=16,
+    )
+    return audit_one_run(scores, coins, family, delta=plan.delta, kind=kind, rng=rng)
 
 
 def _judge_control(name: str, seed: int, target: Path) -> str:
@@ -653,20 +757,21 @@ def _white_box(
     run: Run, reference: Run | None, bench: _Bench
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The family's loss, alone and minus a reference model's, of all candidates."""
-    draws = bench.judging.draws
-
-    def scored(model: Run, table: Table) -> np.ndarray:
-        rng = FleetRng([derive(bench.judging.seed, "white-box")])
-        return model.generator.scores(model.codec.encode(table)[None], rng, draws=draws)[0].numpy()
-
     parts = (bench.inside, bench.outside)
-    own = tuple(scored(run, part) for part in parts)
+    own = tuple(_scored(run, part, bench) for part in parts)
     name = f"{run.recipe.model}_loss"
     attacks = {name: (own[0], own[1])}
     if reference is not None:
-        other = tuple(scored(reference, part) for part in parts)
+        other = tuple(_scored(reference, part, bench) for part in parts)
         attacks[f"{name}_ratio"] = (own[0] - other[0], own[1] - other[1])
     return attacks
+
+
+def _scored(run: Run, table: Table, bench: _Bench) -> np.ndarray:
+    """White-box scores of rows (rows,), by the same draws for every model."""
+    rng = FleetRng([derive(bench.judging.seed, "white-box")])
+    codes = run.codec.encode(table)[None]
+    return run.generator.scores(codes, rng, draws=bench.judging.draws)[0].numpy()
 
 
 def _ceiling(run: Run) -> Ceiling:
@@ -730,6 +835,8 @@ def run_facts(run: Run, *, name: str, data: str) -> dict[str, Any]:
     if run.executed:
         facts |= {"sampler": "Poisson", "sample_rate": plan.q, "steps": run.executed}
         facts |= {"noise_multiplier": plan.noise, "clip": plan.bound}
+    if "canaries" in run.lineage:
+        facts["limits"] = [CanarySettings(**run.lineage["canaries"]).told]
     return facts
 
 
@@ -756,13 +863,17 @@ def _line(name: str, report: Report, attacked: Audit) -> str:
     )
 
 
-def _check_same_data(folder: Path, split: Split) -> None:
-    """Refuse to go on in a folder that was begun with other rows."""
+def _check_same_data(folder: Path, split: Split, judging: Judging) -> None:
+    """Refuse to go on in a folder that was begun with other rows, or other canaries."""
     mark = folder / "private" / "data"
-    if mark.is_file() and mark.read_text() != _digest(split):
-        raise UsageError(f"sweep {str(folder)!r}: was begun with other rows; choose another folder")
+    if mark.is_file() and mark.read_text() != _digest(split, judging):
+        raise UsageError(
+            f"sweep {str(folder)!r}: was begun with other rows or canaries; choose another folder"
+        )
 
 
-def _digest(split: Split) -> str:
-    parts = (split.members, split.holdout, split.reference)
-    return hashlib.sha256("".join(part.digest() for part in parts).encode()).hexdigest()
+def _digest(split: Split, judging: Judging) -> str:
+    parts = [part.digest() for part in (split.members, split.holdout, split.reference)]
+    if judging.canaries:
+        parts.append(f"{judging.canaries}/{judging.canary}")
+    return hashlib.sha256("".join(parts).encode()).hexdigest()

@@ -117,6 +117,19 @@ class Generator(lightning.LightningModule, ABC):
         return self.record_loss(codes, rng)
 
     @property
+    def signal_names(self) -> tuple[str, ...]:
+        """What each of `signals` is."""
+        return ("loss",)
+
+    def signal_losses(self, codes: Tensor, rng: FleetRng, draws: int) -> Tensor:
+        """Several losses a record, low for a member: (runs, batch, D) -> (runs, batch, signals).
+
+        Draws are shared by all records and runs, so that they are paired; a family whose
+        `attack_loss` draws nothing has no more to add.
+        """
+        return self.attack_loss(codes, rng)[..., None]
+
+    @property
     def public_every(self) -> int:
         """After how many private steps one `public_step` is due; 0 for never."""
         return 0
@@ -399,6 +412,44 @@ class Generator(lightning.LightningModule, ABC):
                 loss = self.attack_loss(part, rng.at(f"attack:{draw}", start))
                 total[:, start : start + piece] -= loss / draws
         return total.cpu()
+
+    def signals(self, codes: Tensor, rng: FleetRng, *, draws: int = 16, piece: int = 512) -> Tensor:
+        """White-box numbers of each record under noises that are the same for all records and runs.
+
+        Args:
+            codes: Encoded rows of each run (runs, rows, D), or the same for all (1, rows, D).
+            rng: One key.
+            draws: Noises that are averaged.
+            piece: Rows at a time; changes no number.
+
+        Returns:
+            The losses named by `signal_names`, low for a member (runs, rows, signals).
+
+        Raises:
+            UsageError: On several keys, or on no draws or rows at a time.
+        """
+        check_count("draws", draws)
+        return self.by_pieces(
+            codes, rng, piece, lambda part, opened: self.signal_losses(part, opened, draws)
+        )
+
+    @torch.no_grad()
+    def by_pieces(
+        self,
+        codes: Tensor,
+        rng: FleetRng,
+        piece: int,
+        work: Callable[[Tensor, FleetRng], Tensor],
+    ) -> Tensor:
+        """`work` on a few rows of all runs at a time, each piece under the same draws."""
+        check_count("piece", piece)
+        if rng.runs != 1:
+            raise UsageError(f"rng with {rng.runs} keys: signals share their draws; give one key")
+        parts = []
+        for start in range(0, codes.shape[1], piece):
+            part = codes[:, start : start + piece].to(self.prior_logits.device)
+            parts.append(work(part.expand(self.runs, -1, -1), rng.at("signals")).cpu())
+        return torch.cat(parts, dim=1)
 
     def chunks(self, rows: int, size: int = 8192) -> list[int]:
         """Sizes of the pieces that `rows` are sampled in."""

@@ -20,7 +20,10 @@ from dpsynth.models.base import Generator
 from dpsynth.networks import Mlp, column_log_likelihood, sample_columns
 from dpsynth.randomness import FleetRng
 
-__all__ = ["Diffusion"]
+__all__ = ["RATES", "Diffusion"]
+
+# Shares of columns that an attacker hides: the "timesteps" of this diffusion.
+RATES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 class Diffusion(Generator):
@@ -85,6 +88,49 @@ class Diffusion(Generator):
         many = codes[:, :, None].expand(*hidden.shape)
         fit = column_log_likelihood(self.logits(many, hidden), many, self.layout.levels)
         return -((fit * hidden).sum(-1) / hidden.sum(-1)).mean(-1)
+
+    @property
+    def signal_names(self) -> tuple[str, ...]:
+        return ("mean", *(f"rate {rate:g}" for rate in RATES))
+
+    def signal_losses(self, codes: Tensor, rng: FleetRng, draws: int) -> Tensor:
+        """The loss at each of `RATES`, averaged over the same masks for all records, and their
+        mean first (runs, batch, 1 + rates)."""
+        rates = self._mask_losses(codes, self.masks(rng, draws)).mean(-1)
+        return torch.cat([rates.mean(-1, keepdim=True), rates], dim=-1)
+
+    def mask_losses(
+        self, codes: Tensor, rng: FleetRng, *, draws: int = 16, piece: int = 512
+    ) -> Tensor:
+        """As `signals`, unaveraged: (runs, rows, rates, draws)."""
+        check_count("draws", draws)
+        return self.by_pieces(
+            codes,
+            rng,
+            piece,
+            lambda part, opened: self._mask_losses(part, self.masks(opened, draws)),
+        )
+
+    def masks(self, rng: FleetRng, draws: int) -> Tensor:
+        """Which columns are hidden at each rate, by masks that hide each of them as often as any
+        other wherever `draws` is a multiple of their number (rates, draws, D); never the target."""
+        free = [j for j in range(self.layout.columns) if j != self.layout.target] or [0]
+        number = torch.arange(draws)
+        turns = rng.uniform(-(-draws // len(free)), len(free))[0].cpu().argsort(-1)
+        place = (turns[number // len(free)] + number[:, None]) % len(free)
+        counts = (torch.tensor(RATES) * len(free)).round().clamp_min(1)
+        hidden = torch.zeros(len(RATES), draws, self.layout.columns, dtype=torch.bool)
+        hidden[..., free] = place < counts[:, None, None]
+        return hidden.to(self.prior_logits.device)
+
+    def _mask_losses(self, codes: Tensor, masks: Tensor) -> Tensor:
+        """Mean cross-entropy over the hidden columns (runs, batch, rates, draws)."""
+        losses = []
+        for hidden in masks.flatten(0, 1):
+            logits = self.logits(codes, hidden.expand(codes.shape))
+            fit = column_log_likelihood(logits, codes, self.layout.levels)
+            losses.append(-(fit * hidden).sum(-1) / hidden.sum())
+        return torch.stack(losses, dim=-1).unflatten(-1, masks.shape[:2])
 
     def sample(self, rows: int, rng: FleetRng, given: Mapping[int, int] | None = None) -> Tensor:
         parts = []

@@ -110,6 +110,10 @@ class Gan(Generator):
         return -self.network(self.layout.one_hot(codes, self.prior_logits.dtype)).squeeze(-1)
 
     @property
+    def signal_names(self) -> tuple[str, ...]:
+        return ("critic",)
+
+    @property
     def public_every(self) -> int:
         return self.ladder
 

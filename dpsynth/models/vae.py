@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,6 +84,32 @@ class Vae(Generator):
         fit = column_log_likelihood(logits, codes[:, :, None], self.layout.levels)
         kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum(-1)
         return self.beta * kl - fit.sum(-1).mean(-1)
+
+    @property
+    def signal_names(self) -> tuple[str, ...]:
+        return ("iwae", "reconstruction", "-kl")
+
+    def signal_losses(self, codes: Tensor, rng: FleetRng, draws: int) -> Tensor:
+        """−log (1/K) Σ_k p(x, z_k)/q(z_k|x) (IWAE, Burda et al. 2016, eq. 8), the mean of
+        −log p(x|z_k), and −KL(q(z|x) ‖ N(0, I)), from K noises (runs, batch, 3).
+
+        The code of a member lies farther from the prior: that is where it is remembered.
+        """
+        group = self.layout.group_of(codes)
+        stats = self._part("encoder")(self.layout.one_hot(codes, self.prior_logits.dtype))
+        mean, log_var = stats.chunk(2, dim=-1)
+        log_var = log_var.clamp(-8, 8)
+        fits, weights = [], []
+        for noise in rng.normal(draws, self.latent)[0].to(mean):
+            z = mean + (0.5 * log_var).exp() * noise
+            fit = column_log_likelihood(self.decode(z, group), codes, self.layout.levels).sum(-1)
+            # log N(z; 0, I) − log N(z; mean, var): the constants cancel.
+            gap = 0.5 * (noise.square() + log_var - z.square()).sum(-1)
+            fits.append(fit)
+            weights.append(fit + gap)
+        bound = torch.stack(weights).logsumexp(0) - math.log(draws)
+        kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum(-1)
+        return torch.stack([-bound, -torch.stack(fits).mean(0), -kl], dim=-1)
 
     def sample(self, rows: int, rng: FleetRng, given: Mapping[int, int] | None = None) -> Tensor:
         parts = []

@@ -404,7 +404,8 @@ def _attacks(audit: Audit | None) -> list[str]:
     best = audit.strongest
     lines = [
         f"Could an attacker tell who was in the table? Strongest attack, {audit.chosen}: "
-        f"**{markdown_text(best.name)}**. A know-nothing AUC lies within {audit.null_low:.3f} to {audit.null_high:.3f}; a blind attacker who "
+        f"**{markdown_text(best.name)}**. A know-nothing AUC lies "
+        f"within {audit.null_low:.3f} to {audit.null_high:.3f}; a blind attacker who "
         f"never sees the output reached {audit.blind_auc:.3f}. Computed on private rows: not "
         "differentially private.",
         "",

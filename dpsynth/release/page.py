@@ -374,7 +374,8 @@ def _attacks(audit: Audit | None) -> str:
     )
     return (
         f"<h2>Attacks</h2>{alarm if audit.violation else ''}<p>Strongest, {audit.chosen}: "
-        f"<strong>{_text(best.name)}</strong>. A know-nothing AUC lies within {audit.null_low:.3f} to {audit.null_high:.3f}; a blind "
+        f"<strong>{_text(best.name)}</strong>. A know-nothing AUC lies "
+        f"within {audit.null_low:.3f} to {audit.null_high:.3f}; a blind "
         f"attacker reached {audit.blind_auc:.3f}.</p>"
         + _table(("strongest", "measured", "low", "high", "ceiling"), figures)
         + "<p>Every attack, on all candidates:</p>"

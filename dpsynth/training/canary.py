@@ -3,7 +3,7 @@ out of them, for `dpsynth.audit.step`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from dpsynth.models import Generator
 from dpsynth.networks import FleetLinear
 from dpsynth.randomness import FleetRng, derive, fresh_key
 
-__all__ = ["CanaryEngine", "Observed", "StepCanary", "WatchedBatches"]
+__all__ = ["CanaryEngine", "Engine", "Observed", "Release", "StepCanary", "WatchedBatches"]
 
 
 class Engine(Protocol):
@@ -100,6 +100,56 @@ class _Canary:
         return torch.zeros_like(parameter).reshape(runs, -1)
 
 
+class Release:
+    """What an engine releases, read from the optimizer that moves by it.
+
+    Args:
+        network: The network that is moved.
+        optimizer: The torch optimizer that the engine moves by.
+        batch: Claimed expected batch of each run (R,): what the engine divides a sum by.
+    """
+
+    def __init__(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer, batch: Sequence[float]
+    ) -> None:
+        self._parameters, self._optimizer = list(network.parameters()), optimizer
+        self._batch = self._parameters[0].new_tensor(list(batch))
+        self._released: list[Tensor] = []
+
+    def sums(self) -> list[Tensor]:
+        """The clipped sums that the engine holds so far, one a parameter."""
+        return [_sum_of(parameter).clone() for parameter in self._parameters]
+
+    def of(
+        self, move: Callable[[], None], others: Sequence[Tensor], step: int
+    ) -> dict[nn.Parameter, Tensor]:
+        """What `move` releases beyond `others`, by parameter.
+
+        Raises:
+            UsageError: When the engine moved by nothing.
+        """
+        self._released = []
+        handle = self._optimizer.register_step_pre_hook(self._read)
+        try:
+            move()
+        finally:
+            handle.remove()
+        if not self._released:
+            raise UsageError(f"step={step}: the engine did not move; there is nothing to audit")
+        found, self._released = self._released, []
+        return {
+            parameter: released - other
+            for parameter, released, other in zip(self._parameters, found, others, strict=True)
+        }
+
+    def _read(self, *_: Any) -> None:
+        """What the optimizer is about to move by, as sums again."""
+        self._released = [
+            _zeros(parameter) if parameter.grad is None else _times(parameter.grad, self._batch)
+            for parameter in self._parameters
+        ]
+
+
 class CanaryEngine:
     """Passes everything on to an engine, and adds a canary to about half of its steps.
 
@@ -136,15 +186,14 @@ class CanaryEngine:
             check_positive("batch", size)
         check_positive("scale", scale)
         check_count("coordinates", coordinates)
-        self._engine, self._optimizer = engine, optimizer
+        self._engine, self._release = engine, Release(network, optimizer, batch)
         self._parameters = list(network.parameters())
         self._layers = [m for m in network.modules() if isinstance(m, FleetLinear)]
         like = self._parameters[0]
-        self._bound, self._batch = (like.new_tensor(list(v)) for v in (bound, batch))
+        self._bound = like.new_tensor(list(bound))
         keys = [derive(key, "canary", run) for run in range(len(bound))]
         self._coins = FleetRng(keys, device=like.device, dtype=like.dtype)
         self._scale, self._coordinates = scale, coordinates
-        self._released: list[Tensor] = []
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def accumulate(self, losses: Callable[[], Tensor], counts: Tensor) -> Tensor:
@@ -158,18 +207,11 @@ class CanaryEngine:
             UsageError: When the engine moved by nothing.
         """
         canary = self._canary(step)
-        others = [_sum_of(parameter).clone() for parameter in self._parameters]
+        others = self._release.sums()
         counts = canary.present.to(self._bound.dtype)[:, None]
         self._engine.accumulate(lambda: canary.losses(self._layers), counts)
-        self._released = []
-        handle = self._optimizer.register_step_pre_hook(self._read)
-        try:
-            self._engine.step(rng, step)
-        finally:
-            handle.remove()
-        if not self._released:
-            raise UsageError(f"step={step}: the engine did not move; there is nothing to audit")
-        self._write(canary, others)
+        rest = self._release.of(lambda: self._engine.step(rng, step), others, step)
+        self._write(canary, rest)
 
     def _canary(self, step: int) -> _Canary:
         """Every layer in turn, its bias alone every second time."""
@@ -183,20 +225,7 @@ class CanaryEngine:
         wanted = self._scale * self._bound
         return _Canary(layer, a, b * (wanted / norm)[:, None], wanted, present)
 
-    def _read(self, *_: Any) -> None:
-        """What the optimizer is about to move by, as sums again."""
-        self._released = [
-            _zeros(parameter) if parameter.grad is None else _times(parameter.grad, self._batch)
-            for parameter in self._parameters
-        ]
-
-    def _write(self, canary: _Canary, others: Sequence[Tensor]) -> None:
-        rest = {
-            parameter: released - other
-            for parameter, released, other in zip(
-                self._parameters, self._released, others, strict=True
-            )
-        }
+    def _write(self, canary: _Canary, rest: Mapping[nn.Parameter, Tensor]) -> None:
         score = canary.along(rest[canary.layer.weight], rest[canary.layer.bias]) / self._bound
         due = (canary.present * self._bound)[:, None]
         few = slice(0, self._coordinates)

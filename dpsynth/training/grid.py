@@ -171,7 +171,7 @@ def _attempt(
             [member.recipe for member in members],
             [member.seat for member in members],
             state=state,
-            callbacks=default_callbacks(f"{model} ({len(runs)} runs)", state, console, own),
+            callbacks=default_callbacks(f"{model} ({len(members)} runs)", state, console, own),
         )
     except torch.OutOfMemoryError:
         pass  # and what the error's frames hold goes with it
