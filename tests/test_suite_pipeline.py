@@ -26,7 +26,7 @@ from dpsynth.marginals import Marginals
 from dpsynth.privacy.clipping import TapClipper
 from dpsynth.privacy.events import Event
 from dpsynth.privacy.ledger import Ledger
-from dpsynth.privacy.mechanisms import HistogramNoise, Measurer
+from dpsynth.privacy.mechanisms import HistogramNoise
 from dpsynth.privacy.plan import gaussian_mu
 from dpsynth.suite import pipeline
 from dpsynth.suite.defects import ExactShares, HalfNoise, NoClip, NoNoise
@@ -39,15 +39,14 @@ from dpsynth.suite.pipeline import (
     _forms,
     _learned,
     _Listening,
-    _measured_by,
     _replay,
     _Target,
     audit_pipeline,
     worst_recipe,
     worst_table,
 )
-from dpsynth.training import measure as measuring
 from dpsynth.training.fleet import train_fleet
+from dpsynth.training.measure import measure
 from dpsynth.training.recipe import FAMILIES, Seat
 
 DELTA = 1e-5
@@ -112,8 +111,7 @@ def test_log_likelihood_ratios_follow_their_law() -> None:
 def listened(table: int) -> tuple[Any, Seat, list[np.ndarray], Ledger]:
     recipe, heard = worst_recipe("vae", DELTA, "cpu"), []
     seat = Seat(worst_table()[table], 4.0, 7)
-    with _measured_by(partial(_Listening, heard)):
-        measured = measuring.measure(recipe, seat, 11, lambda event: event)
+    measured = measure(recipe, seat, 11, lambda event: event, measurer=partial(_Listening, heard))
     ((ledger, answers),) = heard
     assert ledger is measured.ledger
     return recipe, seat, answers, ledger
@@ -176,12 +174,6 @@ def test_queries_that_follow_from_the_rows_are_refused(monkeypatch: pytest.Monke
         observed("naive_bayes", 4.0, 2)
 
 
-def test_the_usual_measurer_is_back_after_an_error() -> None:
-    with pytest.raises(ValueError, match="planted"), _measured_by(partial(_Listening, [])):
-        raise ValueError("planted")
-    assert measuring.Measurer is Measurer
-
-
 # What the steps release
 
 
@@ -224,8 +216,8 @@ def test_the_share_of_the_target_is_its_own_clipped_gradient() -> None:
         patch.setattr(pipeline, "_STEPS", 1)
         # The draws of a second evaluation are others, so the loss is made to need none.
         patch.setattr("dpsynth.models.vae.Vae.record_loss", _plain_loss)
-        with _measured_by(partial(_Listening, heard)):
-            train_fleet(recipe, [whole, others], callbacks=[watch])
+        listening = partial(_Listening, heard)
+        train_fleet(recipe, [whole, others], callbacks=[watch], measurer=listening)
     for run in range(2):
         flat = torch.cat([part[run].flatten() for part in watch.first.values()])
         torch.testing.assert_close(flat, wanted[run], rtol=1e-3, atol=1e-6)

@@ -52,9 +52,9 @@ from dpsynth.sampling import sample_table
 from dpsynth.schema import Column, Schema
 from dpsynth.shapes import expand
 from dpsynth.suite.stages import Stages
-from dpsynth.training import measure as measuring
 from dpsynth.training.canary import Release
 from dpsynth.training.fleet import Trained, train_fleet
+from dpsynth.training.measure import measure
 from dpsynth.training.recipe import FAMILIES, Recipe, Seat
 
 __all__ = ["FORMS", "THREATS", "Evidence", "PipelineAudit", "Shown", "Stage", "audit_pipeline"]
@@ -225,17 +225,6 @@ class _Replaying(Measurer):
         return _Prompted(what, sigma, self._answers, self._asked)
 
 
-@contextlib.contextmanager
-def _measured_by(measurer: Callable[..., Measurer]) -> Iterator[None]:
-    """While it is entered, trainings measure by another measurer."""
-    usual = measuring.Measurer
-    measuring.Measurer = measurer  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        measuring.Measurer = usual
-
-
 def _replay(
     recipe: Recipe, seat: Seat, table: Table, answers: Sequence[np.ndarray]
 ) -> tuple[list[_Asked], Tensor]:
@@ -243,8 +232,10 @@ def _replay(
     the last row as it would have been encoded."""
     asked: list[_Asked] = []
     given = iter(answers)
-    with _measured_by(partial(_Replaying, given, asked)):
-        measured = measuring.measure(recipe, replace(seat, table=table), 0, lambda event: event)
+    replaying = partial(_Replaying, given, asked)
+    measured = measure(
+        recipe, replace(seat, table=table), 0, lambda event: event, measurer=replaying
+    )
     if next(given, None) is not None:
         raise UsageError("answers: more were released than are asked for; the queries differ")
     return asked, measured.codes[-1][-1]
@@ -372,8 +363,8 @@ def _fleet(
         return [code for _, _, code in replayed]
 
     watch = _Target(present, len(tables[1]), codes)
-    with _measured_by(partial(_Listening, heard)):
-        trained = train_fleet(recipe, seats, callbacks=[*plant(), watch])
+    listening = partial(_Listening, heard)
+    trained = train_fleet(recipe, seats, callbacks=[*plant(), watch], measurer=listening)
     if not replayed:  # a family that is measured, not trained
         codes()
     scores, signals = _ratios(replayed, watch)

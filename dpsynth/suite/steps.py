@@ -26,7 +26,7 @@ from dpsynth.privacy.batches import PoissonBatches
 from dpsynth.privacy.plan import PrivacyPlan
 from dpsynth.randomness import FleetRng, derive, fresh_key
 from dpsynth.training.canary import Observed, StepCanary
-from dpsynth.training.fleet import _products, _quiet
+from dpsynth.training.fleet import products, quiet
 from dpsynth.training.recipe import build
 from dpsynth.training.run import Run
 
@@ -209,7 +209,7 @@ def _train(
     generator: Generator, steps: int, precision: str, device: str, callbacks: Sequence[Callback]
 ) -> None:
     """As a fleet is trained, but that nothing is kept for a resumed training."""
-    with _quiet(), _products(precision):
+    with quiet(), products(precision):
         trainer = lightning.Trainer(
             accelerator="gpu" if device == "cuda" else "cpu",
             devices=1,

@@ -8,7 +8,7 @@ import logging
 import math
 import pickle
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,14 @@ from dpsynth.models import Generator
 from dpsynth.privacy.batches import PoissonBatches
 from dpsynth.privacy.journal import Journal
 from dpsynth.privacy.ledger import Executed, Ledger
+from dpsynth.privacy.mechanisms import Measurer
 from dpsynth.privacy.plan import PrivacyPlan
 from dpsynth.randomness import FleetRng, derive, fresh_key
 from dpsynth.rows import MappedRows
 from dpsynth.training.measure import Measured, measure, row_folder, stacked
 from dpsynth.training.recipe import Recipe, Seat, build, build_fleet, captured, check_seat
 
-__all__ = ["Trained", "train_fleet"]
+__all__ = ["Trained", "products", "quiet", "train_fleet"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +58,7 @@ def train_fleet(
     state: Path | None = None,
     logger: Sequence[Logger] | bool = False,
     callbacks: Sequence[Callback] = (),
+    measurer: Callable[..., Measurer] = Measurer,
 ) -> list[Trained]:
     """Measure, then train all seats as one program.
 
@@ -67,6 +69,7 @@ def train_fleet(
             done, the last checkpoint; private, never published). `None` keeps nothing.
         logger: Lightning loggers.
         callbacks: Lightning callbacks.
+        measurer: What answers before DP-SGD; an auditor listens here.
 
     Returns:
         One `Trained` a seat, in order.
@@ -83,25 +86,30 @@ def train_fleet(
     keys = _keys(recipes, seats, state)
     journal = Journal(None if state is None else state / "journal.jsonl", keys)
     with row_folder(recipes[0], seats, state) as folder:
-        return _train(recipes, seats, keys, journal, folder, state, logger, callbacks)
+        found = [
+            measure(one, seat, key, journal.sink(run), _file(folder, run), measurer=measurer)
+            for run, (one, seat, key) in enumerate(zip(recipes, seats, keys, strict=True))
+        ]
+        return _train(recipes, seats, keys, found, journal, folder, state, logger, callbacks)
+
+
+def _file(folder: Path | None, run: int) -> Path | None:
+    """Where a run's encoded rows go; they stay in memory without a folder."""
+    return None if folder is None else folder / f"{run}.arrow"
 
 
 def _train(
     recipes: Sequence[Recipe],
     seats: Sequence[Seat],
     keys: Sequence[int],
+    measured: Sequence[Measured],
     journal: Journal,
     folder: Path | None,
     state: Path | None,
     logger: Sequence[Logger] | bool,
     callbacks: Sequence[Callback],
 ) -> list[Trained]:
-    """`train_fleet` after its checks; encoded rows go to `folder`, or stay in memory."""
-    files = [None if folder is None else folder / f"{run}.arrow" for run in range(len(seats))]
-    measured = [
-        measure(one, seat, key, journal.sink(run), files[run])
-        for run, (one, seat, key) in enumerate(zip(recipes, seats, keys, strict=True))
-    ]
+    """`train_fleet` after measuring; encoded rows lie in `folder`, or in memory."""
     generator = build_fleet(recipes, measured[0].codec.layout)
     secure = measured[0].plan.secure
     rng = _rng(recipes[0], keys, secure)
@@ -258,7 +266,7 @@ def _fit(
         ahead=journal.execute,
     )
     device = resolve(recipe.device).type
-    with _quiet():
+    with quiet():
         trainer = lightning.Trainer(
             accelerator="gpu" if device == "cuda" else "cpu",
             devices=1,
@@ -274,7 +282,7 @@ def _fit(
     resume = str(last) if last is not None and last.is_file() else None
     loader = DataLoader(_Blocks(generator), batch_size=None)
     try:
-        with _quiet(), _products(recipe.precision):
+        with quiet(), products(recipe.precision):
             trainer.fit(generator, loader, ckpt_path=resume, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UsageError(
@@ -287,7 +295,7 @@ def _fit(
 
 
 @contextlib.contextmanager
-def _products(precision: str) -> Iterator[None]:
+def products(precision: str) -> Iterator[None]:
     """Forward and backward in the format that the bound is proven for."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest" if precision == "32" else "high")
@@ -298,7 +306,7 @@ def _products(precision: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without Lightning's remarks on devices and products; its warnings are kept."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level

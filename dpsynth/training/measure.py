@@ -84,25 +84,39 @@ def _written(codec: Codec, table: Table, file: Path) -> list[Tensor]:
 
 
 def measure(
-    recipe: Recipe, seat: Seat, key: int, sink: Callable[[Event], Event], file: Path | None = None
+    recipe: Recipe,
+    seat: Seat,
+    key: int,
+    sink: Callable[[Event], Event],
+    file: Path | None = None,
+    *,
+    measurer: Callable[..., Measurer] = Measurer,
 ) -> Measured:
-    """Row count (if not declared), codec and marginals, each through a paid mechanism; encoded
-    rows go to `file`, if there is one."""
+    """Row count (if not declared), codec and marginals, each through a paid mechanism.
+
+    Args:
+        recipe: How.
+        seat: On which rows, at which ε.
+        key: Of all noise.
+        sink: Takes each event before its answer is computed.
+        file: Where encoded rows go; they stay in memory without.
+        measurer: What answers; an auditor listens here.
+    """
     _check_bounded(seat.table, recipe)
     # Where no row count is public yet the first plan must not depend on the true one.
     rough = plan_of(recipe, seat, seat.table.schema.expected_rows or 1)
     ledger = replace(rough.ledger(_noise(recipe, rough, seat)), sink=sink)
     for event in rough.spent:
         ledger.pay(event)
-    rows = _public_rows(seat, rough, ledger, key)
+    rows = _public_rows(seat, rough, ledger, key, measurer)
     plan = plan_of(recipe, seat, rows).calibrate()
     columns = Codec.measured_columns(seat.table.schema, **codec_settings(recipe))
-    measurer = Measurer(ledger, plan.mu("codec"), 2 * len(columns), _stream(plan, key, "codec"))
-    codec = Codec.fit(seat.table, measurer, rows=rows, **codec_settings(recipe))
+    answers = measurer(ledger, plan.mu("codec"), 2 * len(columns), _stream(plan, key, "codec"))
+    codec = Codec.fit(seat.table, answers, rows=rows, **codec_settings(recipe))
     codes = list(_encoded(codec, seat.table)) if file is None else _written(codec, seat.table, file)
     parts = Marginals.tables(codec.layout)
-    measurer = Measurer(ledger, plan.mu("marginals"), parts, _stream(plan, key, "marginals"))
-    marginals = Marginals.measure(codes, codec.layout, codec.used, measurer, codec.schema.names)
+    answers = measurer(ledger, plan.mu("marginals"), parts, _stream(plan, key, "marginals"))
+    marginals = Marginals.measure(codes, codec.layout, codec.used, answers, codec.schema.names)
     return Measured(plan, ledger, codec, codes, marginals)
 
 
@@ -132,14 +146,16 @@ def _stream(plan: PrivacyPlan, key: int, purpose: str) -> Stream:
     return secure_stream(key, purpose) if plan.secure else keyed_stream(key, purpose)
 
 
-def _public_rows(seat: Seat, plan: PrivacyPlan, ledger: Ledger, key: int) -> int:
+def _public_rows(
+    seat: Seat, plan: PrivacyPlan, ledger: Ledger, key: int, measurer: Callable[..., Measurer]
+) -> int:
     """The declared number of rows, or a noisy count that the ledger pays for."""
     declared = seat.table.schema.expected_rows
     if declared is not None:
         return declared
     if not plan.private:
         return len(seat.table)
-    noise = Measurer(ledger, plan.mu("rows"), 1, _stream(plan, key, "rows")).histograms("rows", 1)
+    noise = measurer(ledger, plan.mu("rows"), 1, _stream(plan, key, "rows")).histograms("rows", 1)
     return max(1, round(float(noise(np.array([float(len(seat.table))]))[0])))
 
 
