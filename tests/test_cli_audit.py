@@ -131,6 +131,9 @@ def test_any_table_is_audited(command: Command, tmp_path: Path) -> None:
     assert len(pd.read_parquet(tmp_path / "bare.parquet")) == 300
 
 
+NO_SHADOWS = ("--shadow-dir", "no")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -141,7 +144,15 @@ def test_any_table_is_audited(command: Command, tmp_path: Path) -> None:
             "unknown ending",
         ),
         (
-            ["--synthetic", "S.parquet", "--candidates", "C.parquet", "--out", "a.csv"]
+            [
+                "--synthetic",
+                "S.parquet",
+                "--candidates",
+                "C.parquet",
+                "--out",
+                "a.csv",
+                *NO_SHADOWS,
+            ],
             "shadows 'no': no such folder",
         ),
     ],
