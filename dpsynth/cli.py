@@ -31,7 +31,7 @@ from dpsynth.artifacts import read_folder
 from dpsynth.audit.shadow_tables import read_shadows
 from dpsynth.audit.tables import audit_table
 from dpsynth.checks import RefusedError, UsageError, check_choice, check_count, check_positive
-from dpsynth.data import Split, Table, read_frame, write_frame
+from dpsynth.data import Split, Table, check_ending, read_frame, write_frame
 from dpsynth.evaluation import Report, evaluate
 from dpsynth.frontier.jobs import Job, train_jobs
 from dpsynth.frontier.plot import write_frontier
@@ -611,6 +611,7 @@ def _audit_table(arguments: list[str]) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, required=True, help=".parquet or .csv file")
     options = parser.parse_args(arguments)
+    check_ending(options.out)  # before the work, not after
     scores = audit_table(
         read_frame(options.synthetic),
         read_frame(options.candidates),

@@ -16,7 +16,7 @@ from dpsynth.checks import UsageError, check_count, check_fraction
 from dpsynth.randomness import Stream
 from dpsynth.schema import Column, Schema, as_level
 
-__all__ = ["Split", "Table", "read_frame", "write_frame"]
+__all__ = ["Split", "Table", "check_ending", "read_frame", "write_frame"]
 
 ENDINGS = (".csv", ".parquet")
 _NULLABLE = "numpy_nullable"
@@ -41,8 +41,7 @@ def read_frame(path: str | Path, text: Sequence[str] = (), *, typed: bool = True
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"table {str(path)!r}: no such file")
-    if path.suffix not in ENDINGS:
-        raise UsageError(f"table {str(path)!r}: unknown ending; use .csv or .parquet")
+    check_ending(path)
     try:
         if path.suffix == ".csv":
             return pd.read_csv(path, dtype=dict.fromkeys(text, "string") if typed else "string")
@@ -52,11 +51,17 @@ def read_frame(path: str | Path, text: Sequence[str] = (), *, typed: bool = True
         raise UsageError(f"table {str(path)!r}: cannot be read: {reason}") from error
 
 
-def write_frame(frame: pd.DataFrame, path: str | Path) -> None:
-    """Write a CSV or Parquet file, whole or not at all."""
+def check_ending(path: str | Path) -> Path:
+    """Refuse a table's file name that is neither .csv nor .parquet."""
     path = Path(path)
     if path.suffix not in ENDINGS:
         raise UsageError(f"table {str(path)!r}: unknown ending; use .csv or .parquet")
+    return path
+
+
+def write_frame(frame: pd.DataFrame, path: str | Path) -> None:
+    """Write a CSV or Parquet file, whole or not at all."""
+    path = check_ending(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:

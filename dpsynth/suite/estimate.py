@@ -12,7 +12,10 @@ from dpsynth.audit.attribute import infer_attributes
 from dpsynth.data import Table
 from dpsynth.suite.parts import Parts
 
-__all__ = ["quick_seconds"]
+__all__ = ["MOST_LEARNT", "quick_seconds"]
+
+# Synthetic rows that attribute inference learns from.
+MOST_LEARNT = 4000
 
 # Candidates of the two probes; the difference is what a candidate costs.
 PROBES = (50, 250)
@@ -57,6 +60,7 @@ def _infer(parts: Parts, synthetic: Table, name: str, device: str) -> None:
         reference=parts.attacker,
         rng=np.random.default_rng(0),
         secrets=[name],
+        max_train=MOST_LEARNT,
         device=device,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from rich.console import Console
 
 from dpsynth.artifacts import write_folder
@@ -30,7 +32,7 @@ from dpsynth.randomness import derive, stream
 from dpsynth.release.verify import PROFILE
 from dpsynth.suite.controls import Control, judge_controls
 from dpsynth.suite.defects import run_defects
-from dpsynth.suite.estimate import quick_seconds
+from dpsynth.suite.estimate import MOST_LEARNT, quick_seconds
 from dpsynth.suite.figure import bounds_figure
 from dpsynth.suite.one_run import audit_by_canaries
 from dpsynth.suite.parts import Parts, published_table
@@ -352,18 +354,20 @@ class _Todo:
 
     def _steps(self) -> dict[str, Any]:
         setting = self.setting
-        found = audit_run_steps(
-            self.run,
-            seed=setting.seed,
-            console=self.stages.console,
-            device=setting.device,
-            seconds=STEP_SECONDS,
-        )
+        with _one_thread():
+            found = audit_run_steps(
+                self.run,
+                seed=setting.seed,
+                console=self.stages.console,
+                device=setting.device,
+                seconds=STEP_SECONDS,
+            )
         return found.to_dict()
 
     def _defects(self) -> dict[str, bool]:
         run = self.run if self._stepped else None
-        return dict(run_defects(run, seed=self.setting.seed, device=self.setting.device))
+        with _one_thread():
+            return dict(run_defects(run, seed=self.setting.seed, device=self.setting.device))
 
     def _pipeline(self) -> dict[str, Any]:
         setting, run = self.setting, self.run
@@ -391,6 +395,7 @@ class _Todo:
             holdout=parts.outside,
             reference=parts.attacker,
             rng=rng,
+            max_train=MOST_LEARNT,
             device=self.setting.device,
         )
         singled = single_out(self.synthetic, members=parts.inside, holdout=parts.outside, rng=rng)
@@ -452,6 +457,17 @@ class _Todo:
             roc_figure(scores, self.ceiling, strongest=strongest, path=path, title="Who was in")
             files[path.name] = path.read_bytes()
         return files
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Steps of a few records: threads would mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _advantage(found: Advantage) -> dict[str, Any]:

@@ -163,6 +163,7 @@ def _attempt(
     """The trained fleet, or nothing where the GPU's memory is not enough."""
     model = members[0].recipe.model
     runs = [member.name for member in members if member.seat.role == "model"]
+    counted = [member.name for member in members if member.seat.role != "reference"]
     trained = FAMILIES[model].trained
     found = [trained and m.name in runs and loggers(m.name) for m in members]
     own = [() if isinstance(held, bool) else held for held in found]
@@ -171,7 +172,7 @@ def _attempt(
             [member.recipe for member in members],
             [member.seat for member in members],
             state=state,
-            callbacks=default_callbacks(f"{model} ({len(members)} runs)", state, console, own),
+            callbacks=default_callbacks(f"{model} ({len(counted)} runs)", state, console, own),
         )
     except torch.OutOfMemoryError:
         pass  # and what the error's frames hold goes with it
