@@ -36,12 +36,12 @@ from dpsynth.suite.pipeline import (
     PipelineAudit,
     _cuts,
     _evidence,
-    _forms,
     _learned,
     _Listening,
     _replay,
     _Target,
     audit_pipeline,
+    forms_of,
     worst_recipe,
     worst_table,
 )
@@ -237,7 +237,7 @@ def _plain_loss(self: Any, codes: Tensor, rng: Any) -> Tensor:
 def test_bounds_of_the_reference_page_are_attainable() -> None:
     """Medians simulated before this code was written, 1000 runs a side."""
     for mu, rates, gdp in ((0.2680, 0.12, 0.47), (0.9249, 1.1, 3.2), (2.0004, 3.0, 8.8)):
-        forms, rng = _forms(DELTA), np.random.default_rng(0)
+        forms, rng = forms_of(DELTA), np.random.default_rng(0)
         claim = gaussian_curve(mu)
         assert attainable(forms["rates"], claim, 1000, 1000, rng) == pytest.approx(
             rates, rel=0.2, abs=0.05
@@ -257,7 +257,7 @@ def test_a_bound_holds_as_often_as_it_says(form: str, cut: float) -> None:
     rates = stats.norm.cdf([cut - mu, -cut])
     missed, false = (stats.binom.pmf(np.arange(runs + 1), runs, rate) for rate in rates)
     above = 0.0
-    shown = _forms(DELTA)[form]
+    shown = forms_of(DELTA)[form]
     for m in range(runs + 1):
         for f in range(runs + 1):
             chance = missed[m] * false[f]
@@ -274,7 +274,7 @@ def test_learned_scores_are_of_runs_that_taught_nothing() -> None:
         noise = (rng.normal(size=(40, 15)), rng.normal(size=(40, 15)))
         scores, cuts = _learned(noise, DELTA, 0.95)
         assert len(scores[0]) == len(scores[1]) == 20
-        for name, form in _forms(DELTA).items():
+        for name, form in forms_of(DELTA).items():
             above[name] += form(Errors.at(cuts[name], *scores), 0.05) > 0
     # A bound above 0 where nothing is to be shown: 5 % of the time at most.
     assert max(above.values()) <= stats.binom.isf(1e-3, 60, 0.05)

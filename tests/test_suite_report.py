@@ -43,7 +43,7 @@ def _report(**changes):
         "shadow": None,
         "controls": (GOOD,),
         "defects": SOUND,
-        "bounds": (Bound("steps", "guesses", 0.8, 0.9, 1.0),),
+        "bounds": (Bound("steps", "guesses", 0.8, 0.9, 1.0, 0.7),),
         "attributes": (
             {"name": "age", "members": 0.5, "control": 0.5, "advantage": 0.0, "low": -1, "high": 1},
         ),
@@ -78,7 +78,7 @@ def test_a_wrong_answer_fails_the_audit(changes, said):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"bounds": (Bound("steps", "guesses", 1.2, 0.9, 1.0),)},
+        {"bounds": (Bound("steps", "guesses", 1.2, 0.9, 1.0, 1.1),)},
         {"membership": _audit(2.0, Ceiling.from_gdp(0.3))},
         {"shadow": _audit(2.0, Ceiling.from_gdp(0.3))},
     ],
@@ -90,8 +90,12 @@ def test_evidence_above_the_claim_contradicts_it(changes):
     assert report.verdict.startswith("the claim is contradicted: ")
 
 
+def test_a_bound_above_the_claim_by_chance_is_no_contradiction():
+    assert not _report(bounds=(Bound("steps", "guesses", 1.05, 0.9, 1.0, 0.95),)).violations
+
+
 def test_a_failed_audit_contradicts_nothing():
-    report = _report(controls=(BAD,), bounds=(Bound("steps", "guesses", 1.2, 0.9, 1.0),))
+    report = _report(controls=(BAD,), bounds=(Bound("steps", "guesses", 1.2, 0.9, 1.0, 1.1),))
     assert report.verdict.startswith("not to be believed")
 
 
@@ -112,7 +116,7 @@ def test_the_page_shows_every_part():
         "covered by no ε",
         "### Without shadow models",
         "### With shadow models",
-        "| steps | guesses | 0.800 | 0.900 | 1.000 |",
+        "| steps | guesses | 0.800 | 0.700 | 0.900 | 1.000 |",
         "| copy | 1.000 | 1.0000 | 0.999..1.000 | passed |",
         "| sigma/2 | flagged | passed |",
         "| age | 0.500 | 0.500 |",
@@ -126,7 +130,10 @@ def test_the_page_shows_every_part():
 
 
 def test_bounds_are_drawn():
-    bounds = [Bound("steps", "guesses", 0.8, 0.9, 1.0), Bound("canaries", "f-DP", 0.0, 0.3, 0.7)]
+    bounds = [
+        Bound("steps", "guesses", 0.8, 0.9, 1.0, 0.7),
+        Bound("canaries", "f-DP", 0.0, 0.3, 0.7, 0.0),
+    ]
     files = bounds_figure(bounds)
     assert files["bounds.png"].startswith(b"\x89PNG")
     assert files["bounds.pdf"].startswith(b"%PDF")

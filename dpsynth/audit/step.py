@@ -100,7 +100,10 @@ class StepAudit(_Tested):
         guesses: Steps observed, all runs together.
         bound: From the guesses; the headline.
         by_rates: From false positives and false negatives apart.
+        sure: As `bound`, but above the truth with probability `alpha` at most: beyond the claim it
+            refutes it.
         attainable: The bound that an honest engine shows in every second audit of this size.
+        rates_attainable: The same of `by_rates`.
         claimed: ε of all steps with the claimed noise.
     """
 
@@ -109,7 +112,9 @@ class StepAudit(_Tested):
     guesses: int
     bound: Bound
     by_rates: Bound
+    sure: Bound
     attainable: Bound
+    rates_attainable: Bound
     claimed: float
 
 
@@ -166,6 +171,9 @@ def audit_steps(
     miss = 1 - confidence
     best = int(stats.binom.median(guesses, stats.norm.cdf(1 / (2 * sigma))))
     rates = mu_from_rates(missed, members.size, false, others.size, alpha=miss)
+    slip = float(stats.norm.cdf(-1 / (2 * sigma)))
+    usual = [int(stats.binom.median(side.size, slip)) for side in (members, others)]
+    honest = mu_from_rates(usual[0], members.size, usual[1], others.size, alpha=miss)
     return StepAudit(
         p_values={
             "guesses": _binomial_above(right, guesses, float(stats.norm.cdf(1 / (2 * sigma)))),
@@ -178,7 +186,9 @@ def audit_steps(
         guesses=guesses,
         bound=Bound.of(mu_from_guesses(right, guesses, alpha=miss), epsilon_of),
         by_rates=Bound.of(rates, epsilon_of),
+        sure=Bound.of(mu_from_guesses(right, guesses, alpha=alpha), epsilon_of),
         attainable=Bound.of(mu_from_guesses(best, guesses, alpha=miss), epsilon_of),
+        rates_attainable=Bound.of(honest, epsilon_of),
         claimed=epsilon_of(sigma),
     )
 

@@ -57,7 +57,16 @@ from dpsynth.training.fleet import Trained, train_fleet
 from dpsynth.training.measure import measure
 from dpsynth.training.recipe import FAMILIES, Recipe, Seat
 
-__all__ = ["FORMS", "THREATS", "Evidence", "PipelineAudit", "Shown", "Stage", "audit_pipeline"]
+__all__ = [
+    "FORMS",
+    "THREATS",
+    "Evidence",
+    "PipelineAudit",
+    "Shown",
+    "Stage",
+    "audit_pipeline",
+    "forms_of",
+]
 
 # What an adversary who knows the table up to the target's row sees.
 THREATS = ("releases", "weights", "table")
@@ -560,7 +569,8 @@ def _guesses(delta: float) -> Form:
     return form
 
 
-def _forms(delta: float) -> dict[str, Form]:
+def forms_of(delta: float) -> dict[str, Form]:
+    """A lower bound on ε from errors, by name."""
     return {"rates": clopper_pearson(delta), "gdp": gaussian(delta), "guesses": _guesses(delta)}
 
 
@@ -588,7 +598,7 @@ def _evidence(
     inside, outside = scores
     bounds = {
         name: _shown(form, Errors.at(cuts[name], inside, outside), mu, confidence)
-        for name, form in _forms(delta).items()
+        for name, form in forms_of(delta).items()
     }
     return Evidence(_separation(inside, outside), bounds)
 
