@@ -58,7 +58,7 @@ def test_quick_audit_of_a_private_run(diffusion, split, tmp_path):
     assert body["verdict"] == report.verdict
     assert {c["name"] for c in body["controls"]} == {"fresh", "p-leak", "copy", "blind"}
     assert body["defects"]["sound"] is False
-    assert [b["audit"] for b in body["bounds"]] == ["steps"]
+    assert [b["audit"] for b in body["bounds"]] == ["steps", "steps"]
     assert "about" in text.getvalue().splitlines()[0]
     assert not (tmp_path / ".audit.work").exists()
 
