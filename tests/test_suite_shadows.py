@@ -253,7 +253,7 @@ def test_the_time_is_said_before_it_is_spent(tmp_path: Path) -> None:
     assert "8 runs in 1 fleet" in lines[0]
     assert lines[1].startswith("8 shadows of 20 steps: about ")
     assert lines[1].endswith(" s")
-    assert suite._minutes(150) == "2.5 min"
+    assert suite.minutes(150) == "2.5 min"
 
 
 def test_evidence_is_measured_once(

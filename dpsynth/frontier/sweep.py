@@ -63,6 +63,7 @@ __all__ = [
     "LoggerOf",
     "Point",
     "bound_by_canaries",
+    "ceiling_of",
     "data_name",
     "finished_runs",
     "gather",
@@ -625,7 +626,7 @@ def _figures(
     bench = _worker["bench"]
     other = None if reference is None else Run.load(reference)
     scores = _white_box(run, other, bench)
-    report, attacked = _judge(synthetic, bench, scores, _ceiling(run))
+    report, attacked = _judge(synthetic, bench, scores, ceiling_of(run))
     shown = overlays(bench.split.members, synthetic)
     judged = {**facts, "metrics": report.metrics, "floors": report.floors, "audit": attacked}
     files = {
@@ -774,7 +775,7 @@ def _scored(run: Run, table: Table, bench: _Bench) -> np.ndarray:
     return run.generator.scores(codes, rng, draws=bench.judging.draws)[0].numpy()
 
 
-def _ceiling(run: Run) -> Ceiling:
+def ceiling_of(run: Run) -> Ceiling:
     """What no attack on this run can beat, from its own ledger's privacy profile."""
     if not run.plan.private:
         return Ceiling.none()

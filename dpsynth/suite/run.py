@@ -28,9 +28,8 @@ from dpsynth.audit.statistics import auc, auc_interval
 from dpsynth.checks import UsageError, check_choice, check_count
 from dpsynth.data import Split, Table
 from dpsynth.devices import resolve
-from dpsynth.frontier.sweep import run_facts
+from dpsynth.frontier.sweep import ceiling_of, run_facts
 from dpsynth.randomness import derive, stream
-from dpsynth.release.verify import PROFILE
 from dpsynth.suite.controls import Control, judge_controls
 from dpsynth.suite.defects import run_defects
 from dpsynth.suite.estimate import MOST_LEARNT, quick_seconds
@@ -296,9 +295,7 @@ class _Todo:
     @cached_property
     def ceiling(self) -> Ceiling:
         """Of this very run."""
-        if not self.run.plan.private:
-            return Ceiling.none()
-        return Ceiling.from_profile(PROFILE, self.run.ledger.profile(PROFILE).tolist())
+        return ceiling_of(self.run)
 
     def _rng(self, purpose: str) -> np.random.Generator:
         return stream(self.setting.seed, f"audit {purpose}")

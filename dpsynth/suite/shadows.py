@@ -25,6 +25,7 @@ from dpsynth.devices import resolve
 from dpsynth.privacy.plan import PrivacyPlan
 from dpsynth.randomness import stream
 from dpsynth.suite.signals import Evidence, Settings, gather
+from dpsynth.suite.stages import minutes
 from dpsynth.suite.targeted import targeted_scores
 from dpsynth.suite.timesteps import timestep_scores
 from dpsynth.training.fleet import train_fleet
@@ -366,7 +367,7 @@ def _train(grid: Grid, run: Run, console: Console) -> None:
     if FAMILIES[run.recipe.model].trained and not (grid.folder / "fleets").exists():
         seconds = _estimate([grid.members[name] for name in missing])
         console.print(
-            f"{len(missing)} shadows of {run.plan.steps} steps: about {_minutes(seconds)}",
+            f"{len(missing)} shadows of {run.plan.steps} steps: about {minutes(seconds)}",
             soft_wrap=True,
         )
     for fleet in fleets:
@@ -408,10 +409,6 @@ def _some(table: Table, rows: int) -> Table:
     """A step costs what its batch does, so that few rows tell."""
     part = table.take(np.arange(min(rows, len(table))))
     return replace(part, schema=replace(part.schema, expected_rows=len(part)))
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
 
 
 # -- attacks -----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from dpsynth.checks import UsageError
 
-__all__ = ["Stages"]
+__all__ = ["Stages", "minutes"]
 
 Scores = dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -85,7 +85,7 @@ class Stages:
             return
         known = [name for name in left if name in self.estimates]
         other = [name for name in left if name not in self.estimates]
-        about = f"about {_minutes(sum(self.estimates[n] for n in known))} for {', '.join(known)}"
+        about = f"about {minutes(sum(self.estimates[n] for n in known))} for {', '.join(known)}"
         words = [about] if known else []
         words += [f"time of {', '.join(other)}: told when begun"] if other else []
         words += [f"{len(names) - len(left)} stages done"] if len(left) < len(names) else []
@@ -96,7 +96,7 @@ class Stages:
 
     def _timed(self, name: str, work: Callable[[], Any]) -> tuple[Any, float]:
         expected = self.estimates.get(name)
-        shown = "" if expected is None else f" (about {_minutes(expected)})"
+        shown = "" if expected is None else f" (about {minutes(expected)})"
         self.console.print(f"{name}{shown}", soft_wrap=True)
         begun = time.perf_counter()
         value = work()
@@ -109,5 +109,6 @@ def _replace(path: Path, content: bytes) -> None:
     partial.replace(path)
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
+    """A time as a person says it."""
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
