@@ -169,7 +169,8 @@ def _areas(model: Mapping[str, Scores], names: list[str], number: int) -> np.nda
             f"selection model {number} has no scores of {', '.join(lacking)}; attack every "
             "selection model the same way"
         )
-    return aucs(*stack([model[name] for name in names]))
+    # One by one: a classifier that is cross-fitted may have scored some of the rows only.
+    return np.concatenate([aucs(*stack([model[name]])) for name in names])
 
 
 def two_level(
