@@ -105,6 +105,14 @@ def test_full_audit(diffusion, split, tmp_path):
     assert "meta" in frame
 
 
+def test_a_run_with_secure_noise_is_audited_by_models_that_have_a_seed(split, tmp_path):
+    recipe = tiny.recipe("vae", privacy={"secure": True})
+    (trained,) = train_fleet(recipe, [Seat(split.members, 4.0, None)])
+    Run.of(trained, data="tiny").save(tmp_path / "run")
+    report = _audited(tmp_path / "run", split, tmp_path / "audit")
+    assert any(a.name.endswith("ratio") for a in report.membership.attacks)
+
+
 def test_a_killed_audit_goes_on(diffusion, split, tmp_path, monkeypatch):
     whole = _audited(diffusion, split, tmp_path / "whole")
 

@@ -5,9 +5,6 @@ Tables of other generators of the same kind, most of which did not see it, tell 
 are the OUT side of LiRA (Carlini et al. 2022) without any training. Rows are compared where a
 diffusion on quantile-transformed numbers works: numbers as normal scores of their ranks, L2, and
 categories first, so that neighbours share the candidate's categories if any row does.
-
-A synthetic row near a candidate may also come from another row of the population. Where such rows
-are at hand, the candidate's rivals tell how much of each near synthetic row it accounts for.
 """
 
 from __future__ import annotations
@@ -42,15 +39,6 @@ CROWDS = (0.1, 0.25, 0.5, 1.0, 2.0)
 # Bandwidths of the kernel densities, in normal scores, and what keeps their logarithms finite.
 BANDWIDTHS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
 KERNEL_FLOOR = 0.01
-# Rivals searched for around a synthetic row, bandwidths of the shares in it, and the rivals of the
-# candidate itself whose distances are told.
-RIVALS = 12
-SHARE_WIDTHS = (0.02, 0.05, 0.1, 0.2)
-RIVALS_TOLD = (1, 2, 4, 8)
-# Rows of the population that agree with a candidate up to this are the candidate, and no rivals.
-SAME = 1e-9
-# Stands for the distance to a rival that there is not.
-NOBODY = 1e3
 # Rows at a time: bounds the memory that distances to all tables take.
 CHUNK = 10_000
 
@@ -86,16 +74,12 @@ class Neighbourhoods:
     Args:
         tables: One of each generator, at least two.
         population: Fixes the ranks; rows of the population, or synthetic rows for want of them.
-        rivals: Real rows of the population, under the same schema, each a possible source of a
-            synthetic row. Without them the columns on rivals are absent.
 
     Raises:
         UsageError: On fewer than two tables: nothing to calibrate one against.
     """
 
-    def __init__(
-        self, tables: Sequence[Table], population: Table, rivals: Table | None = None
-    ) -> None:
+    def __init__(self, tables: Sequence[Table], population: Table) -> None:
         if len(tables) < 2:
             raise UsageError(
                 f"{len(tables)} synthetic table: calibration needs at least one other generator's"
@@ -103,7 +87,6 @@ class Neighbourhoods:
         self._scores = normal_scores(population)
         self._numeric = [c.name for c in population.schema.columns if c.numeric]
         self._tables = [self._searchable(table) for table in tables]
-        self._rivals = None if rivals is None else self._searchable(rivals).tree
         # Fewer rows than neighbours: the farthest one stands for those that are not there.
         self._k = min(NEIGHBOURS, *(len(table) for table in tables))
 
@@ -129,8 +112,7 @@ class Neighbourhoods:
         Returns:
             Float columns, one row a candidate: log distances to the k-th nearest row and what the
             other tables make of them (`gain`, `z`, `rank`), counts within the radii of crowds,
-            kernel density ratios, offsets to the nearest rows by column, and the values; with
-            rivals how near they are to the nearest rows and to the candidate, and its share.
+            kernel density ratios, offsets to the nearest rows by column, and the values.
 
         Raises:
             UsageError: On shapes that do not fit, or a candidate without a table to calibrate by.
@@ -172,19 +154,7 @@ class Neighbourhoods:
             **_density_columns(far, rows, own, others),
             **self._offset_columns(numbers, codes, own, nearest),
         }
-        if self._rivals is not None:
-            columns |= _rival_columns(
-                self._rivals, points, self._made(own, nearest), far[rows, own, :APART]
-            )
         return pd.DataFrame(columns, dtype=np.float32)
-
-    def _made(self, own: np.ndarray, nearest: np.ndarray) -> np.ndarray:
-        """The nearest rows of each candidate's own table: points (APART, rows, columns)."""
-        made = np.empty((APART, len(own), self._tables[0].tree.m))
-        for place in np.unique(own):
-            mine = own == place
-            made[:, mine] = self._tables[place].tree.data[nearest[mine, :APART].T]
-        return made
 
     def _offset_columns(
         self, numbers: np.ndarray, codes: np.ndarray, own: np.ndarray, nearest: np.ndarray
@@ -275,41 +245,3 @@ def _density_columns(
         columns[f"density ratio {width:g}"] = ratio
         columns[f"log density {width:g}"] = np.log(mean + KERNEL_FLOOR)
     return columns
-
-
-def _rival_columns(
-    rivals: cKDTree, points: np.ndarray, made: np.ndarray, far: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Who else the nearest synthetic rows `made`, at distances `far`, may come from.
-
-    The share of a candidate in a synthetic row is its kernel over the kernels of the candidate
-    and all its rivals: the probability that it is the source, if all were members alike.
-    """
-    columns, near = {}, _without_self(rivals, points, points, max(RIVALS_TOLD))
-    for k in RIVALS_TOLD:
-        columns[f"rival {k}"] = np.log(near[:, k - 1] + FLOOR)
-    close = [_without_self(rivals, row, points, RIVALS) for row in made]
-    for k, others in enumerate(close):
-        columns[f"rival of row {k + 1}"] = np.log(others[:, 0] + FLOOR)
-        columns[f"gain on rival {k + 1}"] = np.log((others[:, 0] + FLOOR) / (far[:, k] + FLOOR))
-        columns[f"rivals nearer {k + 1}"] = (others < far[:, [k]]).sum(axis=1)
-    for width in SHARE_WIDTHS:
-        kernel = np.exp(-0.5 * np.square(far.T / width))
-        rest = np.array([np.exp(-0.5 * np.square(one / width)).sum(axis=1) for one in close])
-        share = kernel / (kernel + rest + KERNEL_FLOOR)
-        columns[f"greatest share {width:g}"] = share.max(axis=0)
-        columns[f"shares {width:g}"] = share.sum(axis=0)
-    return columns
-
-
-def _without_self(rivals: cKDTree, points: np.ndarray, asked: np.ndarray, count: int) -> np.ndarray:
-    """Distances from `points` to the nearest rivals, those equal to `asked` left out: sorted."""
-    found = min(count + 1, rivals.n)
-    far, who = rivals.query(points, k=np.arange(1, found + 1))
-    same = (np.abs(rivals.data[who] - asked[:, None]) < SAME).all(axis=2)
-    far = np.pad(
-        np.where(same, NOBODY, far),
-        ((0, 0), (0, max(0, count - found))),
-        constant_values=NOBODY,
-    )
-    return np.sort(far, axis=1)[:, :count]

@@ -30,7 +30,7 @@ LEAST_LABELLED = 3
 # Bandwidth of the density that is told by itself, in normal scores.
 WIDTH = 0.08
 # Part of the cache's key: raise it when features or trees change.
-VERSION = 2
+VERSION = 1
 
 
 def other_tables(
@@ -73,7 +73,7 @@ def shadow_scores(
     asked, made = (inputs.coarse(inputs.table(name)) for name in ("candidates", "synthetic"))
     others = [(shadow, inputs.coarse(table)) for shadow, table in others]
     known, tables = inputs.coarse(known), [table for _, table in others]
-    around = Neighbourhoods([*tables, made], known, _rivals(inputs, known))
+    around = Neighbourhoods([*tables, made], known)
     # Shadows may have been given the candidates themselves; their own column is the last.
     seen = _Sightings.of(inputs, others).among(inputs.frames["candidates"])
     own = np.full(len(asked), len(tables))
@@ -93,11 +93,6 @@ def shadow_scores(
         # p_S/(p_S + p_OUT): a probability for a candidate that is a member as likely as not.
         return {**scores, "combined": special.expit(scores["shadow_density"])}
     return {**scores, "combined": classifier.probability(features)}
-
-
-def _rivals(inputs: Inputs, known: Table) -> Table | None:
-    """The reference; synthetic rows that stand for one are nobody's source."""
-    return known if "reference" in inputs.frames else None
 
 
 def _classifier(
@@ -122,7 +117,7 @@ def _classifier(
         return None
     say(f"classifier: fitted on {sum(len(one.labels) for one in labelled)} rows of "
         f"{len(labelled)} generators")  # fmt: skip
-    around = Neighbourhoods([table for _, table in others], known, _rivals(inputs, known))
+    around = Neighbourhoods([table for _, table in others], known)
     features = labelled_features(inputs, around, labelled, rng)
     classifier = MetaClassifier.fit(features, [one.labels for one in labelled], rng)
     if path is not None:

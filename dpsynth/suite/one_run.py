@@ -3,7 +3,6 @@ from a single training."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +11,7 @@ from dpsynth.audit.one_run import OneRunAudit
 from dpsynth.data import Table
 from dpsynth.frontier.sweep import bound_by_canaries
 from dpsynth.randomness import stream
+from dpsynth.suite.parts import auditors_recipe
 from dpsynth.training.canaries import CanaryGrid, kept_scores
 from dpsynth.training.grid import Member
 from dpsynth.training.recipe import Seat
@@ -37,10 +37,8 @@ def audit_by_canaries(
         seed: Of the training, the canaries and their coins.
         console: Where progress is shown.
     """
-    privacy = {key: value for key, value in run.recipe.privacy.items() if key != "secure"}
-    recipe = replace(run.recipe, privacy=privacy)
     seat = Seat(members, run.plan.epsilon, seed)
-    grid = CanaryGrid({NAME: Member(NAME, recipe, seat)}, folder, number=number)
+    grid = CanaryGrid({NAME: Member(NAME, auditors_recipe(run), seat)}, folder, number=number)
     if not grid.is_trained(NAME):
         fleets, _ = grid.fleets([NAME])
         grid.keep(fleets)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from dpsynth.baselines import controls
 from dpsynth.checks import UsageError, check_count
 from dpsynth.data import Split, Table
 from dpsynth.randomness import stream
+from dpsynth.training.recipe import Recipe
 from dpsynth.training.run import Run
 
-__all__ = ["Parts", "published_table"]
+__all__ = ["Parts", "auditors_recipe", "published_table"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,13 @@ class Parts:
         """Members first, then as many others."""
         frames = [self.inside.frame, self.outside.frame]
         return Table(self.inside.schema, pd.concat(frames, ignore_index=True))
+
+
+def auditors_recipe(run: Run, device: str | None = None) -> Recipe:
+    """The run's own recipe for models that an auditor trains by a seed; noise that is secure
+    against an attacker has the same law as any other."""
+    privacy = {name: value for name, value in run.recipe.privacy.items() if name != "secure"}
+    return replace(run.recipe, privacy=privacy, device=device or run.recipe.device)
 
 
 def published_table(run: Run, folder: Path, seed: int) -> Table:

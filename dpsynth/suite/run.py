@@ -130,7 +130,9 @@ def audit_run(
     stages = Stages(work, _identity(folder, split, setting), console)
     synthetic = published_table(run, folder, setting.seed)
     limits = {"steps": STEP_SECONDS, "defects": DEFECT_SECONDS}
-    stages.estimates = limits | quick_seconds(parts, synthetic, device=setting.device)
+    stages.estimates = limits | quick_seconds(
+        run, parts, synthetic, draws=setting.draws, device=setting.device
+    )
     todo = _Todo(run, parts, synthetic, setting, stages)
     report = todo.report(run_facts(run, name=folder.name, data=data))
     write_folder(out, todo.files(report), {"suite": setting.suite, "run": folder.name})
@@ -186,7 +188,7 @@ class _Todo:
         )
 
     def _names(self) -> list[str]:
-        names = ["attacks", "controls", "defects", "attributes"]
+        names = ["attacks", "white box", "controls", "defects", "attributes"]
         names += ["steps"] if self._stepped else []
         if self.setting.suite == "full":
             names += ["shadows", "pseudo targets", "targeted"]
@@ -200,7 +202,7 @@ class _Todo:
     # -- who was in --------------------------------------------------------------------------
 
     def _quick(self) -> Audit:
-        scores = self.stages.scores("attacks", self._attacks)
+        scores = self._quick_scores()
         return conclude(scores, (), self._blind(), self.ceiling, self._rng("conclude"))
 
     def _attacks(self) -> Scores:
@@ -214,12 +216,19 @@ class _Todo:
             device=setting.device,
         )
         size = len(parts.inside)
-        scores = {name: (values[:size], values[size:]) for name, values in found.items()}
+        return {name: (values[:size], values[size:]) for name, values in found.items()}
+
+    def _quick_scores(self) -> Scores:
+        table = self.stages.scores("attacks", self._attacks)
+        return table | self.stages.scores("white box", self._white_box)
+
+    def _white_box(self) -> Scores:
+        parts, setting = self.parts, self.setting
         folder = self.stages.folder / "reference"
         reference = reference_run(
             self.run, parts.attacker, folder, setting.seed, self.stages.console
         )
-        return scores | white_box(
+        return white_box(
             self.run,
             reference,
             parts,
@@ -436,7 +445,7 @@ class _Todo:
 
     def files(self, report: SuiteReport) -> dict[str, bytes]:
         """What the audit's folder holds."""
-        scores = self.stages.scores("attacks", self._attacks)
+        scores = self._quick_scores()
         strongest = report.membership.strongest.name
         if report.shadow is not None:
             scores |= self.stages.scores("shadows", dict)

@@ -24,6 +24,7 @@ from dpsynth.data import Table
 from dpsynth.devices import resolve
 from dpsynth.privacy.plan import PrivacyPlan
 from dpsynth.randomness import stream
+from dpsynth.suite.parts import auditors_recipe
 from dpsynth.suite.signals import Evidence, Settings, gather
 from dpsynth.suite.stages import minutes
 from dpsynth.suite.targeted import targeted_scores
@@ -31,7 +32,7 @@ from dpsynth.suite.timesteps import timestep_scores
 from dpsynth.training.fleet import train_fleet
 from dpsynth.training.grid import Grid, Member
 from dpsynth.training.packing import OVERHEAD
-from dpsynth.training.recipe import FAMILIES, Recipe, Seat
+from dpsynth.training.recipe import FAMILIES, Seat
 from dpsynth.training.run import Run
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "shadow_attacks",
     "targeted_attack",
     "train_shadows",
+    "training_seconds",
 ]
 
 Scores = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -124,7 +126,7 @@ def train_shadows(
     tables = [_rows_of(run, candidates, filler, inside[j], seed, j) for j in range(count)]
     members = {
         (name := f"shadow-{j:02d}"): Member(
-            name, _recipe(run, device), Seat(table, run.plan.epsilon, seed, f"shadow {j}")
+            name, auditors_recipe(run, device), Seat(table, run.plan.epsilon, seed, f"shadow {j}")
         )
         for j, table in enumerate(tables)
     }
@@ -313,12 +315,6 @@ def _rows_of(
     return Table(replace(run.schema, expected_rows=expected), frame)
 
 
-def _recipe(run: Run, device: str) -> Recipe:
-    """The run's own; noise that is secure against an attacker has the same law as any other."""
-    privacy = {name: value for name, value in run.recipe.privacy.items() if name != "secure"}
-    return replace(run.recipe, privacy=privacy, device=device)
-
-
 def _notes(run: Run, rows: Sequence[int]) -> tuple[str, ...]:
     planned = run.plan.rows
     if max(rows) < planned:
@@ -365,7 +361,7 @@ def _train(grid: Grid, run: Run, console: Console) -> None:
     for note in notes:
         console.print(note, soft_wrap=True)
     if FAMILIES[run.recipe.model].trained and not (grid.folder / "fleets").exists():
-        seconds = _estimate([grid.members[name] for name in missing])
+        seconds = training_seconds([grid.members[name] for name in missing])
         console.print(
             f"{len(missing)} shadows of {run.plan.steps} steps: about {minutes(seconds)}",
             soft_wrap=True,
@@ -374,7 +370,7 @@ def _train(grid: Grid, run: Run, console: Console) -> None:
         grid.train(fleet, missing, data="shadow", console=console, loggers=lambda _: False)
 
 
-def _estimate(members: Sequence[Member]) -> float:
+def training_seconds(members: Sequence[Member]) -> float:
     """Seconds that training takes, by what a step of a few shadows costs."""
     few = members[:PROBED]
     recipe, steps = few[0].recipe, few[0].recipe.privacy.get("steps", PrivacyPlan.steps)

@@ -11,15 +11,22 @@ from rich.console import Console
 
 from dpsynth.data import Table
 from dpsynth.randomness import derive
-from dpsynth.suite.parts import Parts
+from dpsynth.suite.parts import Parts, auditors_recipe
 from dpsynth.suite.signals import signals_of
 from dpsynth.training.grid import Grid, Member
 from dpsynth.training.recipe import Seat
 from dpsynth.training.run import Run
 
-__all__ = ["reference_run", "white_box"]
+__all__ = ["reference_member", "reference_run", "white_box"]
 
 Scores = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def reference_member(run: Run, rows: Table, seed: int) -> Member:
+    """That model before it is trained."""
+    unknown = replace(rows.schema, expected_rows=None)  # the attacker counts its own rows
+    seat = Seat(replace(rows, schema=unknown), math.inf, seed, "reference")
+    return Member("reference", auditors_recipe(run), seat)
 
 
 def reference_run(run: Run, rows: Table, folder: Path, seed: int, console: Console) -> Run:
@@ -32,9 +39,7 @@ def reference_run(run: Run, rows: Table, folder: Path, seed: int, console: Conso
         seed: Of the model.
         console: Where progress is shown.
     """
-    unknown = replace(rows.schema, expected_rows=None)  # the attacker counts its own rows
-    seat = Seat(replace(rows, schema=unknown), math.inf, seed, "reference")
-    grid = Grid({"reference": Member("reference", run.recipe, seat)}, folder)
+    grid = Grid({"reference": reference_member(run, rows, seed)}, folder)
     if not grid.is_trained("reference"):
         fleets, _ = grid.fleets(["reference"])
         grid.keep(fleets)
