@@ -44,7 +44,7 @@ def fit(
         schema: Public facts, or the path of a schema file; needed unless `data` is a `Table`.
         epsilon: Target ε; `math.inf` for none.
         delta: Target δ, below 1 / rows.
-        model: `vae`, `gan`, `diffusion`, `naive_bayes` or `independent`.
+        model: `autoregressive`, `vae`, `gan`, `diffusion`, `naive_bayes` or `independent`.
         seed: Fixed seed; leave it out for anything that is to be released.
         options: Settings of the family.
         progress: Whether to show steps, ε spent and time left on standard error.

@@ -211,6 +211,21 @@ class NumericCoder:
             mask[-1] = True
         return mask
 
+    @property
+    def values(self) -> np.ndarray:
+        """Where each level lies: a heap's value, the mean of a bin; NaN for missing ones."""
+        grid, places = Grid.of(self.column), np.full(self.levels, np.nan)
+        ends = np.append(self.starts[1:], grid.cells)
+        # Values of a grid are points, where its resolution is unknown an interval.
+        both = (self.starts + ends) * max(grid.per, 1) - int(grid.per > 0)
+        middle = grid.lower + grid.step / 2 * both
+        weight = self.mass + 1e-12 * (ends - self.starts)
+        held = np.bincount(self.leaf_bin, weight, minlength=self.bins)
+        total = np.bincount(self.leaf_bin, weight * middle, minlength=self.bins)
+        places[: self.bins] = np.divide(total, held, out=places[: self.bins], where=held > 0)
+        places[self.bins : self.bins + len(self.heaps)] = grid.at(self.heaps)
+        return places
+
     def encode(self, values: pd.Series) -> np.ndarray:
         numbers = values.to_numpy(dtype=float, na_value=np.nan)
         grid = Grid.of(self.column)
@@ -399,6 +414,14 @@ class CategoryCoder:
     def used(self) -> np.ndarray:
         return np.ones(self.levels, dtype=bool)
 
+    @property
+    def values(self) -> np.ndarray:
+        """Where each level lies: its number where they are ordered, else nowhere (NaN)."""
+        places = np.full(self.levels, np.nan)
+        if self.column.ordered:
+            places[: len(self.column.levels)] = np.arange(len(self.column.levels))
+        return places
+
     def encode(self, values: pd.Series) -> np.ndarray:
         codes = values.cat.codes.to_numpy().astype(np.int64)
         return np.where(codes < 0, self.levels - 1, codes)
@@ -467,6 +490,11 @@ class Codec:
     def used(self) -> Tensor:
         """Which of the W levels can occur at all (W,)."""
         return torch.from_numpy(np.concatenate([coder.used for coder in self.coders]))
+
+    @property
+    def values(self) -> Tensor:
+        """Where each of the W levels lies in its column's order, NaN where it has no place (W,)."""
+        return torch.from_numpy(np.concatenate([coder.values for coder in self.coders]))
 
     def encode(self, table: Table) -> Tensor:
         """Rows as level numbers (rows, D), int64."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,10 +24,14 @@ class Marginals:
         prior: Share of each target level (groups,); a single 1 without a target.
         given: For each target level, one distribution a column, side by side (groups, W); the
             target's own block is `prior` in every row.
+        values: Where each level lies in its column's order, NaN where it has no place (W,).
+        noise: Standard deviation of the noise in a cell of a table, as a share of all rows.
     """
 
     prior: Tensor
     given: Tensor
+    values: Tensor
+    noise: float
 
     @staticmethod
     def tables(layout: Layout) -> int:
@@ -41,6 +46,7 @@ class Marginals:
         used: Tensor,
         measurer: Measurer,
         names: Sequence[str],
+        values: Tensor | None = None,
     ) -> Marginals:
         """Count, add noise, and project to distributions (post-processing).
 
@@ -50,29 +56,35 @@ class Marginals:
             used: Levels that can occur (W,); the others get no mass.
             measurer: Pays for each table (its `parts` are `tables(layout)`).
             names: Columns, for the ledger.
+            values: Where each level lies in its column's order (W,); by default nowhere.
         """
         pieces = [codes] if isinstance(codes, Tensor) else codes
+        values = torch.full((layout.width,), math.nan) if values is None else values
         counts: dict[int, np.ndarray] = {}
+        sigma = 0.0
         for j, levels in enumerate(layout.levels):
             if j == layout.target and layout.columns > 1:
                 continue
             noise = measurer.histograms(f"marginal:{names[j]}", 1)
             exact = np.sum([_joint(piece, layout, j) for piece in pieces], axis=0)
-            counts[j] = noise(exact).reshape(layout.groups, levels)
-        return cls._consistent(counts, layout, used.numpy())
+            counts[j], sigma = noise(exact).reshape(layout.groups, levels), noise.sigma
+        total, prior, given = cls._consistent(counts, layout, used.numpy())
+        return cls(prior, given, values, sigma / total)
 
     @classmethod
     def _consistent(
         cls, counts: dict[int, np.ndarray], layout: Layout, used: np.ndarray
-    ) -> Marginals:
-        """Agree on the target's totals (their mean over tables), then fit every row to them."""
+    ) -> tuple[float, Tensor, Tensor]:
+        """Agree on the target's totals (their mean over tables), then fit every row to them;
+        (rows, prior, given)."""
         masks = np.split(used, np.cumsum(layout.levels)[:-1])
         totals = np.mean([c[:, masks[j]].sum(1) for j, c in counts.items()], axis=0)
         if layout.columns == 1 and layout.target is not None:
             totals = np.diag(counts[0])
         occurs = np.ones(1, dtype=bool) if layout.target is None else masks[layout.target]
         prior = np.zeros(layout.groups)
-        prior[occurs] = _onto_simplex(totals[occurs], max(totals[occurs].sum(), 1.0))
+        whole = max(float(totals[occurs].sum()), 1.0)
+        prior[occurs] = _onto_simplex(totals[occurs], whole)
         blocks = []
         for j, levels in enumerate(layout.levels):
             block = np.zeros((layout.groups, levels))
@@ -82,7 +94,7 @@ class Marginals:
                 for g in range(layout.groups):
                     block[g, masks[j]] = _onto_simplex(counts[j][g, masks[j]], max(totals[g], 1.0))
             blocks.append(block)
-        return cls(torch.from_numpy(prior), torch.from_numpy(np.concatenate(blocks, axis=1)))
+        return whole, torch.from_numpy(prior), torch.from_numpy(np.concatenate(blocks, axis=1))
 
     def one_way(self) -> Tensor:
         """Distribution of each column alone, side by side (W,)."""

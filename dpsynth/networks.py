@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dpsynth.checks import UsageError, check_count
@@ -20,9 +20,11 @@ __all__ = [
     "FleetGroupNorm",
     "FleetLayerNorm",
     "FleetLinear",
+    "FleetMaskedLinear",
     "FleetRMSNorm",
     "Mlp",
     "column_log_likelihood",
+    "draw_level",
     "sample_columns",
 ]
 
@@ -51,6 +53,50 @@ class FleetLinear(nn.Module):
         flat = x.flatten(1, -2)
         out = torch.baddbmm(self.bias[:, None, :], flat, self.weight)
         return out.unflatten(1, x.shape[1:-1])
+
+
+class FleetMaskedLinear(nn.Module):
+    """y = x (W ∘ M) for R runs, no bias: outputs of a column see inputs of the columns before it
+    (MADE, Germain et al. 2015).
+
+    Inputs and outputs are (runs, batch, [draws,] width), blocks of `levels` side by side. A weight
+    that the mask hides has gradient 0 and no effect; under DP-SGD it gets noise like all others,
+    and is nothing but noise.
+
+    Args:
+        runs: R.
+        levels: Length of each column's block.
+
+    Attributes:
+        rank: Place of each column in the order of a run (runs, D); as they stand at first.
+    """
+
+    rank: Tensor
+
+    def __init__(self, runs: int, levels: Sequence[int]) -> None:
+        super().__init__()
+        for count in levels:
+            check_count("levels", count)
+        self.levels = list(levels)
+        self.weight = nn.Parameter(torch.zeros(runs, sum(levels), sum(levels)))
+        self.register_buffer("rank", torch.arange(len(levels)).repeat(runs, 1))
+
+    def reset(self, rng: FleetRng) -> None:
+        """Weights 0; nothing is drawn."""
+        nn.init.zeros_(self.weight)
+
+    def mask(self) -> Bool[Tensor, "runs width width"]:
+        """Which weights lead from a column to a later one."""
+        column = [j for j, count in enumerate(self.levels) for _ in range(count)]
+        rank = self.rank[:, torch.tensor(column, device=self.rank.device)]
+        return rank[:, :, None] < rank[:, None, :]
+
+    def masked(self) -> Float[Tensor, "runs width width"]:
+        """The weights that are used, 0 elsewhere."""
+        return torch.where(self.mask(), self.weight, 0)
+
+    def forward(self, x: Float[Tensor, "runs *rows width"]) -> Float[Tensor, "runs *rows width"]:
+        return (x.flatten(1, -2) @ self.masked()).unflatten(1, x.shape[1:-1])
 
 
 class FleetEmbedding(nn.Module):
@@ -221,10 +267,16 @@ def sample_columns(
 
     A level of probability 0 is never drawn.
     """
+    draws = rng.uniform(*logits.shape[1:-1], len(levels))
+    blocks = logits.split(list(levels), dim=-1)
+    return torch.stack([draw_level(b, draws[..., j]) for j, b in enumerate(blocks)], dim=-1)
+
+
+def draw_level(
+    logits: Float[Tensor, "*rows levels"], draws: Float[Tensor, "*rows"]
+) -> Int[Tensor, "*rows"]:
+    """The level at which a distribution reaches a uniform draw; never one of probability 0."""
+    mass = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1)
     # Below 1 by more than rounding, so that the inverse stays on a level that has mass.
-    draws = rng.uniform(*logits.shape[1:-1], len(levels)).clamp(max=1 - 1e-6)
-    codes = []
-    for j, block in enumerate(logits.split(list(levels), dim=-1)):
-        mass = (block - block.amax(-1, keepdim=True)).exp().cumsum(-1)
-        codes.append((mass <= draws[..., j : j + 1] * mass[..., -1:]).sum(-1))
-    return torch.stack(codes, dim=-1)
+    point = draws.clamp(max=1 - 1e-6)[..., None] * mass[..., -1:]
+    return (mass <= point).sum(-1)

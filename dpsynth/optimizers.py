@@ -1,7 +1,8 @@
-"""Adam for a fleet: one learning rate a run, nothing in a step that looks at a value."""
+"""Optimizers of a fleet: one learning rate a run, nothing in a step that looks at a value."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,15 +12,52 @@ from torch.optim.adam import adam
 
 from dpsynth.shapes import expand
 
-__all__ = ["FleetAdam"]
+__all__ = ["FleetAdam", "FleetSgd", "RunwiseOptimizer"]
 
 
-class FleetAdam(torch.optim.Optimizer):
+class RunwiseOptimizer(torch.optim.Optimizer, ABC):
+    """Moves parameters with a leading `runs` axis, each run at a rate of its own, held in
+    `param_groups[…]["lr"]` (runs,); a run at rate 0 keeps its weights. A schedule replaces that
+    tensor by a multiple of `param_groups[…]["base_lr"]`.
+
+    Attributes:
+        static: Whether the step is being captured: then no decision may look at a value.
+    """
+
+    static = False
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Make the state that a first step would make."""
+
+
+class FleetSgd(RunwiseOptimizer):
+    """Plain gradient descent: w - lr · gradient, without momentum or state.
+
+    Args:
+        params: Parameters (runs, ...).
+        lr: Learning rates (runs,), not negative.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: Tensor) -> None:
+        super().__init__(params, {"lr": lr, "base_lr": lr})
+
+    def prepare(self) -> None:
+        """There is none."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Move every parameter that has a gradient; `closure` is not evaluated."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad * expand(group["lr"], parameter))
+
+
+class FleetAdam(RunwiseOptimizer):
     """Adam (Kingma & Ba 2015, Algorithm 1) over parameters with a leading `runs` axis.
 
-    torch's own takes one learning rate for a whole parameter. Here each run has its own, held in
-    `param_groups[…]["lr"]`; a run at rate 0 keeps its weights. A schedule replaces that tensor by
-    a multiple of `param_groups[…]["base_lr"]`. Weight decay is decoupled
+    torch's own takes one learning rate for a whole parameter. Weight decay is decoupled
     (Loshchilov & Hutter 2019), so 0 gives plain Adam.
 
     Args:
@@ -28,12 +66,7 @@ class FleetAdam(torch.optim.Optimizer):
         betas: Decay of the first and the second moment.
         eps: Added to the root of the second moment.
         weight_decay: Share of a weight that a step of rate 1 would take off.
-
-    Attributes:
-        static: Whether the step is being captured: then no decision may look at a value.
     """
-
-    static = False
 
     def __init__(
         self,
@@ -67,7 +100,6 @@ class FleetAdam(torch.optim.Optimizer):
                 self._move_at_once(held, group)
 
     def prepare(self) -> None:
-        """Make the state that a first step would make."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 self._state(parameter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,7 +43,11 @@ def random_marginals(layout: Layout, seed: int, used: Tensor | None = None) -> M
         np.concatenate([prior if j == layout.target else block(m) for j, m in enumerate(masks)])
         for _ in range(layout.groups)
     ]
-    return Marginals(torch.from_numpy(prior), torch.from_numpy(np.stack(rows)))
+    # Numbers, but for every third column and the last level of each, which is a missing one.
+    lines = [np.arange(n) * (1.0 if j % 3 else math.nan) for j, n in enumerate(layout.levels)]
+    values = np.concatenate([np.append(line[:-1], math.nan) for line in lines])
+    given = torch.from_numpy(np.stack(rows))
+    return Marginals(torch.from_numpy(prior), given, torch.from_numpy(values), 0.0)
 
 
 def random_codes(layout: Layout, runs: int, rows: int, seed: int = 0) -> Tensor:
@@ -73,7 +78,8 @@ def make_fleet(
     rng = FleetRng(keys, dtype=dtype)
     model.reset(rng)
     mask = torch.ones(layout.width, dtype=torch.bool) if used is None else used
-    model.prepare([random_marginals(layout, key, used) for key in keys], [mask] * len(keys))
+    tables = [random_marginals(layout, key, used) for key in keys]
+    model.prepare(tables, [mask] * len(keys), rng)
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
             parameter += jitter * rng.at("jitter", number).normal(*parameter.shape[1:])

@@ -23,7 +23,7 @@ from dpsynth.privacy import engine
 from dpsynth.privacy.batches import PoissonBatches
 from dpsynth.training.fleet import Trained, train_fleet
 
-FAMILIES = ["vae", "gan", "diffusion"]
+FAMILIES = ["vae", "gan", "diffusion", "autoregressive"]
 devices = pytest.mark.parametrize(
     "device",
     [

@@ -15,7 +15,7 @@ from oracles import by_bisection
 from scipy import stats
 
 from dpsynth.checks import UsageError
-from dpsynth.codec import Codec, Grid, Layout
+from dpsynth.codec import Codec, Grid, Layout, NumericCoder
 from dpsynth.data import Table
 from dpsynth.marginals import Marginals, _onto_simplex
 from dpsynth.privacy.ledger import Ledger
@@ -576,6 +576,31 @@ def test_one_row_moves_what_is_counted_by_the_stated_sensitivity(seed: int) -> N
     assert [what for what, _ in sides[0].asked] == asked
 
 
+@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize("mu", [0.5, FREE])
+def test_a_level_lies_where_it_is_encoded(name: str, mu: float) -> None:
+    """A number in the level that it is the place of; categories only where they are ordered."""
+    column = COLUMNS[name]
+    codec = fit(table_of(column, 3000, 3), mu)
+    values, used = codec.values.numpy(), codec.used.numpy()
+    assert values.shape == (codec.layout.width,)
+    assert np.isnan(values[~used]).all() or not column.numeric
+    if column.nullable:
+        assert np.isnan(values[-1])
+    if not column.numeric:
+        placed = np.arange(len(column.levels)) if column.ordered else np.nan
+        np.testing.assert_array_equal(values[: len(column.levels)], placed)
+        return
+    places = used.nonzero()[0][: int(used.sum()) - int(column.nullable)]
+    coder = codec.coders[0]
+    found = coder.encode(pd.Series(values[places]))
+    assert isinstance(coder, NumericCoder)
+    heaps = found >= coder.bins
+    # The mean of a bin may happen to be a heap, which is a level of its own.
+    np.testing.assert_array_equal(found[~heaps], places[~heaps])
+    assert (found[places >= coder.bins] == places[places >= coder.bins]).all()
+
+
 # Marginals
 
 
@@ -648,6 +673,22 @@ def test_logits_are_finite_and_close_to_the_tables() -> None:
     logits = found.logits(layout)
     assert logits.isfinite().all()
     assert (logits.exp() - found.given).abs().max() < 2e-3
+
+
+def test_marginals_say_how_noisy_they_are() -> None:
+    layout = Layout((6, 4, 2), 1)
+    codes = drawn_codes(layout, 5000, 3)
+    assert measured(codes, layout).noise == 0
+    assert measured(codes, layout).values.isnan().all()
+    found = [measured(codes, layout, mu=0.1, seed=seed) for seed in range(40)]
+    for made in found:
+        assert made.noise == pytest.approx(math.sqrt(2) / 0.1 / 5000, rel=0.05)
+    cells = torch.stack([made.prior[:, None] * made.given for made in found])[:, 0]
+    # Cells whose count is far above the noise are not moved by the projection.
+    clear = cells.mean(0) > 6 * found[0].noise
+    assert clear[:6].any()
+    spread = cells.std(0)[:6][clear[:6]].mean()
+    assert float(spread) == pytest.approx(found[0].noise, rel=0.25)
 
 
 def test_noise_of_marginals_is_unbiased_and_shrinks_with_the_budget() -> None:

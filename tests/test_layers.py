@@ -21,6 +21,7 @@ from dpsynth.networks import (
     FleetGroupNorm,
     FleetLayerNorm,
     FleetLinear,
+    FleetMaskedLinear,
     FleetRMSNorm,
 )
 from dpsynth.privacy.clipping import ENGINES, Clipper, TapClipper
@@ -215,8 +216,17 @@ def test_a_layer_that_is_not_used_or_does_not_reach_the_loss_gets_no_sum(mode: s
 # Each rule
 
 
+def masked(runs: int, width: int) -> nn.Module:
+    """Columns of one level and of many, in another order for each run."""
+    levels = [1, width - 3, 2] if width > 3 else [1] * width
+    layer = FleetMaskedLinear(runs, levels)
+    layer.rank.copy_(fleet_rng(runs).at("rank").uniform(len(levels)).argsort(-1))
+    return layer
+
+
 KINDS: dict[str, Callable[[int, int], nn.Module]] = {
     "linear": lambda runs, width: FleetLinear(runs, 3, width),
+    "masked linear": masked,
     "embedding": lambda runs, width: FleetEmbedding(runs, LEVELS, width),
     "layer norm": FleetLayerNorm,
     "rms norm": FleetRMSNorm,
@@ -237,7 +247,7 @@ def test_every_rule_is_tested_here() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=20)
 @given(
-    st.tuples(*(st.integers(1, 4) for _ in range(3))),
+    st.tuples(*(st.integers(1, 6) for _ in range(3))),
     st.lists(st.integers(1, 3), max_size=2),
     st.integers(1, 2),
 )

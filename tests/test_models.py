@@ -150,7 +150,7 @@ def test_unused_levels_are_never_drawn(family: str, jitter: float) -> None:
     """Whatever the weights, and whatever the noise has put on the target's empty levels."""
     model = make_fleet(family, GAPS, KEYS, used=USED, jitter=jitter, double=False)
     tables = [random_marginals(GAPS, key) for key in KEYS]
-    model.prepare(tables, [USED] * len(KEYS))
+    model.prepare(tables, [USED] * len(KEYS), FleetRng(KEYS))
     codes = model.sample(4000, FleetRng(KEYS))
     allowed = [m.nonzero().flatten() for m in USED.split(list(GAPS.levels))]
     for j, levels in enumerate(allowed):
@@ -411,7 +411,7 @@ def test_a_signal_of_a_record_knows_neither_other_records_nor_other_runs(
         model.signals(codes, FleetRng(KEYS))
 
 
-@pytest.mark.parametrize("family", ["naive_bayes", "independent", "gan"])
+@pytest.mark.parametrize("family", ["naive_bayes", "independent", "gan", "autoregressive"])
 def test_a_family_without_draws_signals_its_attack_loss(family: str) -> None:
     model, codes = make_fleet(family, LAYOUT, KEYS), random_codes(LAYOUT, 3, 9)
     loss = model.attack_loss(codes, draws(KEYS)).detach()

@@ -17,6 +17,7 @@ from dpsynth.networks import (
     FleetGroupNorm,
     FleetLayerNorm,
     FleetLinear,
+    FleetMaskedLinear,
     FleetRMSNorm,
     Mlp,
     column_log_likelihood,
@@ -53,6 +54,25 @@ def test_linear_is_a_matrix_product_of_each_run(shape: tuple[int, ...], draws: l
     for run in range(runs):
         expected = x[run] @ layer.weight[run] + layer.bias[run]
         torch.testing.assert_close(found[run], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("draws", [(), (2,)])
+def test_a_masked_layer_leads_from_each_column_to_those_after_it(draws: tuple[int, ...]) -> None:
+    layer, rng = FleetMaskedLinear(2, LEVELS).double(), fleet_rng(0, 1).at("x")
+    layer.rank[1] = torch.tensor([2, 0, 3, 1])
+    layer.weight.data = rng.normal(11, 11)
+    x = rng.normal(6, *draws, 11)
+    column = [j for j, count in enumerate(LEVELS) for _ in range(count)]
+    expected = torch.zeros_like(x)
+    for run, order in enumerate(([0, 1, 2, 3], [1, 3, 0, 2])):
+        for i, o in np.ndindex(11, 11):
+            if order.index(column[i]) < order.index(column[o]):
+                expected[run, ..., o] += x[run, ..., i] * layer.weight[run, i, o].detach()
+    torch.testing.assert_close(layer(x), expected)
+    layer.reset(rng)
+    assert (layer.weight == 0).all()
+    with pytest.raises(UsageError, match="levels=0"):
+        FleetMaskedLinear(2, (3, 0))
 
 
 @pytest.mark.parametrize(("inputs", "fan"), [(200, None), (200, 8)])

@@ -1,4 +1,4 @@
-"""FleetAdam: every run moves as torch's own optimizer would move it alone."""
+"""Optimizers of a fleet: every run moves as torch's own would move it alone."""
 
 import copy
 import math
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpsynth.optimizers import FleetAdam
+from dpsynth.optimizers import FleetAdam, FleetSgd
 
 RATES = [1e-3, 0.3, 0.02]
 
@@ -112,3 +112,27 @@ def test_a_stored_state_goes_on_the_same() -> None:
             parameter.grad = gradient
         again.step()
     assert all(torch.equal(a, b) for a, b in zip(held, kept, strict=True))
+
+
+def test_descent_is_torchs_own_run_by_run() -> None:
+    """With a rate each, one of them 0 from the middle on; what has no gradient stays."""
+    held = parameters()
+    alone = [[nn.Parameter(p[r].detach().clone()) for p in held] for r in range(3)]
+    fleet = FleetSgd(held, torch.tensor(RATES, dtype=torch.float64))
+    fleet.prepare()
+    for step in range(6):
+        left = torch.tensor([1.0, 0.5, 0.0 if step > 2 else 1.0], dtype=torch.float64)
+        for group in fleet.param_groups:
+            group["lr"] = group["base_lr"] * left
+        found = gradients(held, step)
+        for place, parameter in enumerate(held[:2]):
+            parameter.grad = found[place]
+        fleet.step()
+        for run, own in enumerate(alone):
+            for place, parameter in enumerate(own[:2]):
+                parameter.grad = found[place][run].clone()
+            torch.optim.SGD(own, lr=RATES[run] * float(left[run])).step()
+    assert not fleet.state
+    for place, parameter in enumerate(held):
+        for run in range(3):
+            torch.testing.assert_close(parameter[run], alone[run][place], rtol=1e-12, atol=1e-12)

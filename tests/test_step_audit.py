@@ -536,7 +536,7 @@ def test_the_gradient_of_a_canary_is_its_direction() -> None:
         unit = torch.cat([one.direction(p) for p in parameters], dim=1)  # type: ignore[arg-type]
         torch.testing.assert_close(unit, flat / wanted[:, None])
         place = [p is one.layer.weight for p in parameters].index(True)
-        torch.testing.assert_close(one.along(gradients[place], gradients[place + 1]), wanted)
+        torch.testing.assert_close(one.along(dict(zip(parameters, gradients, strict=True))), wanted)
         seen.add((place, bool(gradients[place].any())))
     assert seen == {(place, kind) for place in (0, 2) for kind in (False, True)}
 

@@ -352,8 +352,8 @@ class Watched(Callback):
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if int(pl_module.completed) > len(self.weights):
-            state = pl_module.averaged().state_dict()
-            self.weights.append({name: value.clone() for name, value in state.items()})
+            weights = pl_module.averaged().named_parameters()
+            self.weights.append({name: value.detach().clone() for name, value in weights})
 
 
 @pytest.mark.parametrize("model", NETWORKS)
@@ -364,14 +364,14 @@ def test_what_samples_is_the_moving_average(model: str, decay: float) -> None:
     made = recipe(model, options={"block": 1, "average": decay})
     (run,) = train_fleet(made, [seat()], callbacks=[watched])
     assert len(watched.weights) == 5
-    for name, value in run.generator.averaged().state_dict().items():
+    for name, value in run.generator.averaged().named_parameters():
         mean = watched.weights[0][name]
         for n, step in enumerate(watched.weights[1:], start=1):
             keep = min(decay, (1 + n) / (10 + n))
             mean = keep * mean + (1 - keep) * step[name]
         torch.testing.assert_close(value, mean, rtol=1e-5, atol=1e-6)
     last = watched.weights[-1]
-    assert any((last[k] != v).any() for k, v in run.generator.averaged().state_dict().items())
+    assert any((last[k] != v).any() for k, v in run.generator.averaged().named_parameters())
 
 
 def test_every_step_draws_a_batch_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

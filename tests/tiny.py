@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "vae": {"hidden": [8, 8], "latent": 2, "block": 2},
     "gan": {"hidden": [8, 8], "latent": 2, "public_batch": 16, "block": 2},
     "diffusion": {"hidden": [8, 8], "draws": 2, "block": 2},
+    "autoregressive": {"block": 2},
     "independent": {},
     "naive_bayes": {},
 }

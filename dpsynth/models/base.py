@@ -17,7 +17,7 @@ from dpsynth.counter import CounterRng
 from dpsynth.draws import RecordRng
 from dpsynth.marginals import Marginals
 from dpsynth.models.captured import CapturedSteps
-from dpsynth.optimizers import FleetAdam
+from dpsynth.optimizers import FleetAdam, RunwiseOptimizer
 from dpsynth.privacy.batches import PoissonBatches
 from dpsynth.privacy.engine import PrivateEngine
 from dpsynth.privacy.plan import PrivacyPlan
@@ -93,6 +93,16 @@ class Generator(lightning.LightningModule, ABC):
             check_positive(name, one)
         return values
 
+    @classmethod
+    def planned(cls, plan: PrivacyPlan, columns: int) -> Mapping[str, Any]:
+        """Settings of a plan that suit the family, where the user names none; from public facts.
+
+        Args:
+            plan: What is settled, with its other settings as they are by default.
+            columns: D.
+        """
+        return {}
+
     # -- what a family adds ------------------------------------------------------------------
 
     @abstractmethod
@@ -143,8 +153,14 @@ class Generator(lightning.LightningModule, ABC):
 
     # -- shared ------------------------------------------------------------------------------
 
-    def prepare(self, marginals: Sequence[Marginals], used: Sequence[Tensor]) -> None:
-        """Take each run's noisy tables as starting logits; levels never used stay impossible."""
+    def prepare(
+        self, marginals: Sequence[Marginals], used: Sequence[Tensor], rng: FleetRng
+    ) -> None:
+        """Take each run's noisy tables as starting logits; levels never used stay impossible.
+
+        Whatever else a family needs to know before the first step follows from these, which are
+        published with it, and from `rng`.
+        """
         prior = torch.stack([m.prior.clamp_min(1e-6).log() for m in marginals])
         given = torch.stack([m.logits(self.layout) for m in marginals])
         mask = torch.stack(list(used))[:, None, :]
@@ -262,10 +278,11 @@ class Generator(lightning.LightningModule, ABC):
         steps = [plan.steps for plan in self._plans]
         for optimizer in self._optimizers:
             apart = len(set(steps)) > 1 or self._captured
-            if apart and not isinstance(optimizer, FleetAdam):
+            if apart and not isinstance(optimizer, RunwiseOptimizer):
                 raise UsageError(
                     f"optimizer {type(optimizer).__name__}: cannot stop runs one by one or be "
-                    "captured; use FleetAdam, or the same steps for all runs and capture=false"
+                    "captured; use one of dpsynth.optimizers, or the same steps for all runs and "
+                    "capture=false"
                 )
         self._steps = torch.tensor(steps, dtype=self.prior_logits.dtype, device=self.device)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpsynth.capture import TRIALS, capture
 from dpsynth.counter import CounterRng
-from dpsynth.optimizers import FleetAdam
+from dpsynth.optimizers import RunwiseOptimizer
 from dpsynth.rows import MappedRows
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class CapturedSteps:
         generator = self._of
         found = [*generator.parameters(), generator.completed, *self._sums]
         for optimizer in generator._optimizers:
-            assert isinstance(optimizer, FleetAdam)
+            assert isinstance(optimizer, RunwiseOptimizer)
             optimizer.prepare()
             optimizer.static = True
             found += [t for state in optimizer.state.values() for t in state.values()]

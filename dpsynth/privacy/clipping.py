@@ -263,14 +263,17 @@ class TapClipper(Clipper):
 
 
 class OpacusClipper(Clipper):
-    """What the two engines of Opacus share: what they cannot do is refused."""
+    """What the two engines of Opacus share: what they cannot do is refused.
+
+    Opacus itself refuses buffers, which its own rules know nothing of; those in `layers` do.
+    """
 
     def __init__(self, network: nn.Module, bound: Tensor, *, precision: str = "32") -> None:
         super().__init__(network, bound, precision=precision)
         if self.precision.short:
             raise UsageError(f"precision={precision}: Opacus clips in '32' only; use engine=taps")
         for what, layer in self._layers:
-            if list(layer.buffers()):
+            if list(layer.buffers()) and type(layer) not in RULES:
                 raise UsageError(f"{what}: Opacus takes no layer with buffers; use engine=taps")
 
     def _taps(self, counts: Records, *, several: bool = False) -> _Taps:
@@ -291,7 +294,9 @@ class HooksClipper(OpacusClipper):
     def __init__(self, network: nn.Module, bound: Tensor, *, precision: str = "32") -> None:
         super().__init__(network, bound, precision=precision)
         # Axis 0 is runs and axis 1 is the batch, which Opacus calls batch_first=False.
-        self._hooked = GradSampleModule(network, batch_first=False, loss_reduction="sum")
+        self._hooked = GradSampleModule(
+            network, batch_first=False, loss_reduction="sum", strict=False
+        )
         self._hooked.disable_hooks()
 
     def accumulate(self, losses: LossOf, counts: Records) -> Records:
@@ -317,7 +322,7 @@ class GhostClipper(OpacusClipper):
     def __init__(self, network: nn.Module, bound: Tensor, *, precision: str = "32") -> None:
         super().__init__(network, bound, precision=precision)
         self._hooked = GradSampleModuleFastGradientClipping(
-            network, batch_first=False, loss_reduction="sum"
+            network, batch_first=False, loss_reduction="sum", strict=False
         )
         # Opacus' own norm of a layer without a rule is one over all runs.
         rules = {type(layer): rule_of(layer) for _, layer in self._layers}

@@ -7,7 +7,7 @@ never forms a record's gradient where that would be as large as the layer's weig
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -19,6 +19,7 @@ from dpsynth.networks import (
     FleetGroupNorm,
     FleetLayerNorm,
     FleetLinear,
+    FleetMaskedLinear,
     FleetRMSNorm,
 )
 from dpsynth.privacy.precision import FULL, Precision
@@ -31,6 +32,7 @@ __all__ = [
     "Rule",
     "Samples",
     "embedding_squared_norms",
+    "masked_squared_norms",
     "squared_lengths",
     "squared_norms",
 ]
@@ -138,7 +140,12 @@ def squared_norms(
     left, right = a @ a.mT + 1, b @ b.mT
     lengths = left.diagonal(dim1=-2, dim2=-1) * (right.diagonal(dim1=-2, dim2=-1) + lost)
     most = lengths.sqrt().sum(-1).square()
-    squared = (left * right).sum(-1).sum(-1).clamp_min(0) + slack * most
+    return _at_least((left * right).sum(-1).sum(-1), most, slack, precision)
+
+
+def _at_least(squared: Tensor, most: Tensor, slack: float, precision: Precision) -> Tensor:
+    """The norm that `squared_norms` gives for several draws, from ‖Σ_k …‖² as computed and S²."""
+    squared = squared.clamp_min(0) + slack * most
     if not precision.short:
         return squared
     half = precision.step / 2
@@ -175,6 +182,87 @@ class Linear(Rule):
             layer.get_parameter("weight"): torch.einsum("rbki,rbko->rbio", a, b),
             layer.get_parameter("bias"): b.sum(2),
         }
+
+
+# -- masked linear -----------------------------------------------------------------------------
+
+
+def masked_squared_norms(
+    a: Float[Tensor, "runs batch draws width"],
+    b: Float[Tensor, "runs batch draws width"],
+    layer: FleetMaskedLinear,
+    precision: Precision = FULL,
+) -> Float[Tensor, "runs batch"]:
+    """Squared norm of each record's masked weight gradient, never formed, and never too small.
+
+    The gradient has a block a_i b_jᵀ for every column i before j, so for one draw it is
+    Σ_j ‖b_j‖² Σ_{i before j} ‖a_i‖², and for several
+    Σ_j Σ_kl ⟨b_kj, b_lj⟩ Σ_{i before j} ⟨a_ki, a_li⟩. Rounding is bounded as in `squared_norms`,
+    with S = Σ_k √(Σ_j ‖b_kj‖² Σ_{i before j} ‖a_ki‖²).
+
+    Args:
+        a: Layer inputs (runs, batch, draws, width).
+        b: Gradients at the layer's output (runs, batch, draws, width).
+        layer: Its columns and their order.
+        precision: Format of the product; a and b hold numbers of it.
+    """
+    if precision.short:
+        a, b = a.float(), b.float()
+    kind, (draws, width) = torch.finfo(a.dtype), a.shape[2:]
+    slack = kind.eps * (2 * width + 5 * draws + 32) * (4 if precision.short else 1)
+    # What squares below the smallest normal number may have lost, on either side.
+    lost = width * kind.tiny
+    if draws == 1:
+        ahead, behind = (_by_column(x, layer, lambda p: p.square().sum((-1, -2))) for x in (a, b))
+        squared = (_before(ahead, layer.rank) + lost) * (behind + lost)
+        return squared.sum(-1) * (1 + slack)
+    left, right = (_by_column(x, layer, lambda p: p @ p.mT) for x in (a, b))
+    left = _before(left, layer.rank)
+    lengths = [x.diagonal(dim1=-2, dim2=-1) + lost for x in (left, right)]
+    most = (lengths[0] * lengths[1]).sum(2).sqrt().sum(-1).square()
+    return _at_least((left * right).sum(-1).sum(-1).sum(-1), most, slack, precision)
+
+
+def _by_column(
+    x: Tensor, layer: FleetMaskedLinear, of: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "runs batch columns *rest"]:
+    return torch.stack([of(part) for part in x.split(layer.levels, dim=-1)], dim=2)
+
+
+def _before(x: Tensor, rank: Tensor) -> Tensor:
+    """Sums over the columns before each one (runs, batch, columns, …)."""
+    shape = (len(rank), 1, -1, *(1,) * (x.dim() - 3))
+    order = rank.argsort(-1).reshape(shape).expand_as(x)
+    sums = x.gather(2, order).cumsum(2)
+    shifted = torch.cat([torch.zeros_like(sums[:, :, :1]), sums[:, :, :-1]], dim=2)
+    return shifted.gather(2, rank.reshape(shape).expand_as(x))
+
+
+class MaskedLinear(Rule):
+    """`FleetMaskedLinear`: inputs a, output gradients b, each (runs, batch, draws, width), and the
+    squared norms, which need the layer's order."""
+
+    def gather(self, layer: nn.Module, uses: Uses, precision: Precision) -> tuple[Tensor, ...]:
+        assert isinstance(layer, FleetMaskedLinear)
+        a = precision.round(_beside([inputs[0] for inputs, _ in uses], layer.weight))
+        b = precision.round(_beside([gradient for _, gradient in uses], layer.weight))
+        return a, b, masked_squared_norms(a, b, layer, precision)
+
+    def squared_norms(self, seen: Sequence[Tensor], precision: Precision) -> Records:
+        return seen[2]
+
+    def sums(
+        self, layer: nn.Module, seen: Sequence[Tensor], factor: Records, precision: Precision
+    ) -> Samples:
+        assert isinstance(layer, FleetMaskedLinear)
+        flat = precision.truncate(seen[1] * factor[..., None, None]).flatten(1, 2)
+        whole = precision.product(seen[0].flatten(1, 2).mT, flat)
+        return {layer.weight: torch.where(layer.mask(), whole, 0)}
+
+    def samples(self, layer: nn.Module, inputs: Sequence[Tensor], gradient: Tensor) -> Samples:
+        assert isinstance(layer, FleetMaskedLinear)
+        whole = torch.einsum("rbki,rbko->rbio", _draws(inputs[0]), _draws(gradient))
+        return {layer.weight: torch.where(layer.mask()[:, None], whole, 0)}
 
 
 # -- embedding ---------------------------------------------------------------------------------
@@ -303,6 +391,7 @@ class Norm(Formed):
 RULES: Mapping[type[nn.Module], Rule] = MappingProxyType(
     {
         FleetLinear: Linear(),
+        FleetMaskedLinear: MaskedLinear(),
         FleetEmbedding: Embedding(),
         FleetLayerNorm: Norm(),
         FleetRMSNorm: Norm(),

@@ -31,7 +31,7 @@ __all__ = [
 FACTS: Mapping[str, str] = {
     # Always needed.
     "name": "what the run is called",
-    "family": "the generator: vae, gan, diffusion, or a baseline",
+    "family": "the generator: autoregressive, vae, gan, diffusion, or a baseline",
     "epsilon": "ε of everything that read the rows; inf without privacy",
     "delta": "δ of the same statement",
     "data": "name of the table",

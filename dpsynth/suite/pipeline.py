@@ -79,6 +79,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "vae": {"hidden": [8], "latent": 2},
     "gan": {"hidden": [8], "latent": 2, "public_batch": 16},
     "diffusion": {"hidden": [8], "draws": 2},
+    "autoregressive": {},
 }
 _STEPS, _CLIP = 2, 0.02
 _COPIES, _VALUES, _MARKS = 2, 16, ("a", "b", "c", "d")

@@ -22,7 +22,6 @@ from dpsynth.audit.meta import MetaClassifier
 from dpsynth.checks import UsageError, check_count
 from dpsynth.data import Table
 from dpsynth.devices import resolve
-from dpsynth.privacy.plan import PrivacyPlan
 from dpsynth.randomness import stream
 from dpsynth.suite.parts import auditors_recipe
 from dpsynth.suite.signals import Evidence, Settings, gather
@@ -32,7 +31,7 @@ from dpsynth.suite.timesteps import timestep_scores
 from dpsynth.training.fleet import train_fleet
 from dpsynth.training.grid import Grid, Member
 from dpsynth.training.packing import OVERHEAD
-from dpsynth.training.recipe import FAMILIES, Seat
+from dpsynth.training.recipe import FAMILIES, Seat, plan_of
 from dpsynth.training.run import Run
 
 __all__ = [
@@ -373,8 +372,9 @@ def _train(grid: Grid, run: Run, console: Console) -> None:
 def training_seconds(members: Sequence[Member]) -> float:
     """Seconds that training takes, by what a step of a few shadows costs."""
     few = members[:PROBED]
-    recipe, steps = few[0].recipe, few[0].recipe.privacy.get("steps", PrivacyPlan.steps)
-    batch = recipe.privacy.get("batch", PrivacyPlan.batch)
+    recipe, seat = few[0].recipe, few[0].seat
+    plan = plan_of(recipe, seat, seat.table.schema.expected_rows or 1)
+    steps, batch = plan.steps, plan.batch
     short = replace(
         recipe,
         privacy={**recipe.privacy, "steps": PROBE_STEPS},

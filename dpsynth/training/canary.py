@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dpsynth.checks import UsageError, check_count, check_positive
 from dpsynth.models import Generator
-from dpsynth.networks import FleetLinear
+from dpsynth.networks import FleetLinear, FleetMaskedLinear
+from dpsynth.privacy.layers import RULES
 from dpsynth.randomness import FleetRng, derive, fresh_key
 
 __all__ = ["CanaryEngine", "Engine", "Observed", "Release", "StepCanary", "WatchedBatches"]
@@ -60,20 +61,24 @@ class Observed:
     batches: Bool[np.ndarray, "runs steps records"]
 
 
+_Layer = FleetLinear | FleetMaskedLinear
+
+
 @dataclass(frozen=True, eq=False)
 class _Canary:
     """A record that only one layer notices: input a, gradient at its output b.
 
-    Its gradient there is a bᵀ for the weight and b for the bias; a = 0 leaves the bias alone.
+    Its gradient there is a bᵀ for the weight (where no mask hides it) and b for the bias; a = 0
+    leaves the bias alone.
     """
 
-    layer: FleetLinear
+    layer: _Layer
     a: Float[Tensor, "runs inputs"]
     b: Float[Tensor, "runs outputs"]
     norm: Float[Tensor, " runs"]
     present: Bool[Tensor, " runs"]
 
-    def losses(self, layers: Sequence[FleetLinear]) -> Tensor:
+    def losses(self, layers: Sequence[_Layer]) -> Tensor:
         """Loss (runs, 1) with that gradient. It passes every layer, as the engines expect."""
         total = torch.zeros_like(self.norm)
         for layer in layers:
@@ -84,20 +89,23 @@ class _Canary:
             total = total + (layer(a[:, None]).squeeze(1) * b).sum(-1)
         return total[:, None]
 
-    def along(self, weight: Tensor, bias: Tensor) -> Tensor:
-        """⟨g, u⟩ (runs,) of a gradient g of the layer (runs, in, out) and (runs, out)."""
-        shadow = torch.einsum("ri,rio,ro->r", self.a, weight, self.b) + (bias * self.b).sum(-1)
-        return shadow / self.norm
+    def along(self, gradients: Mapping[nn.Parameter, Tensor]) -> Tensor:
+        """⟨g, u⟩ (runs,) of a gradient g, by parameter."""
+        parts = [gradients[p].flatten(1) * self.direction(p) for p in self.layer.parameters()]
+        return torch.cat(parts, dim=1).sum(-1)
 
     def direction(self, parameter: nn.Parameter) -> Tensor:
         """u's part in `parameter`, flat (runs, weights)."""
-        runs = len(self.norm)
-        if parameter is self.layer.weight:
-            outer = torch.einsum("ri,ro->rio", self.a, self.b)
-            return outer.reshape(runs, -1) / self.norm[:, None]
-        if parameter is self.layer.bias:
-            return self.b / self.norm[:, None]
-        return torch.zeros_like(parameter).reshape(runs, -1)
+        found = _gradients(self.layer, self.a, self.b).get(parameter)
+        if found is None:
+            return torch.zeros_like(parameter).flatten(1)
+        return found.flatten(1) / self.norm[:, None]
+
+
+def _gradients(layer: _Layer, a: Tensor, b: Tensor) -> dict[nn.Parameter, Tensor]:
+    """Gradient of one record with input a (runs, in) and b at the output (runs, out)."""
+    found = RULES[type(layer)].samples(layer, [a[:, None]], b[:, None])
+    return {parameter: sample.squeeze(1) for parameter, sample in found.items()}
 
 
 class Release:
@@ -160,7 +168,7 @@ class CanaryEngine:
 
     Args:
         engine: The engine under audit.
-        network: Its network, all of whose parameters are in `FleetLinear` layers.
+        network: Its network, all of whose parameters are in (masked) linear layers.
         optimizer: The torch optimizer that the engine moves by.
         bound: Clipping bound C of each run (R,), finite.
         batch: Claimed expected batch of each run (R,): what the engine divides a sum by.
@@ -188,7 +196,7 @@ class CanaryEngine:
         check_count("coordinates", coordinates)
         self._engine, self._release = engine, Release(network, optimizer, batch)
         self._parameters = list(network.parameters())
-        self._layers = [m for m in network.modules() if isinstance(m, FleetLinear)]
+        self._layers = [m for m in network.modules() if isinstance(m, _Layer)]
         like = self._parameters[0]
         self._bound = like.new_tensor(list(bound))
         keys = [derive(key, "canary", run) for run in range(len(bound))]
@@ -219,14 +227,16 @@ class CanaryEngine:
         opened = self._coins.at("step", step)
         _, inputs, outputs = layer.weight.shape
         present = opened.uniform(1)[:, 0] < 0.5
-        a = opened.normal(inputs) * (step % 2 == 0)
+        # A layer without a bias has nothing else to show.
+        a = opened.normal(inputs) * (step % 2 == 0 or isinstance(layer, FleetMaskedLinear))
         b = opened.normal(outputs)
-        norm = ((a.square().sum(-1) + 1) * b.square().sum(-1)).sqrt()
+        parts = [part.flatten(1) for part in _gradients(layer, a, b).values()]
+        norm = torch.cat(parts, dim=1).norm(dim=1)
         wanted = self._scale * self._bound
         return _Canary(layer, a, b * (wanted / norm)[:, None], wanted, present)
 
     def _write(self, canary: _Canary, rest: Mapping[nn.Parameter, Tensor]) -> None:
-        score = canary.along(rest[canary.layer.weight], rest[canary.layer.bias]) / self._bound
+        score = canary.along(rest) / self._bound
         due = (canary.present * self._bound)[:, None]
         few = slice(0, self._coordinates)
         noise = [

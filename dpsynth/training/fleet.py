@@ -113,8 +113,9 @@ def _train(
     generator = build_fleet(recipes, measured[0].codec.layout)
     secure = measured[0].plan.secure
     rng = _rng(recipes[0], keys, secure)
-    generator.reset(FleetRng(keys, secure=secure))
-    generator.prepare([m.marginals for m in measured], [m.codec.used for m in measured])
+    start = FleetRng(keys, secure=secure)
+    generator.reset(start)
+    generator.prepare([m.marginals for m in measured], [m.codec.used for m in measured], start)
     if generator.trained and any(m.plan.steps for m in measured):
         for m in measured:
             _pay_training(m, recipes[0].model)

@@ -116,7 +116,9 @@ def measure(
     codes = list(_encoded(codec, seat.table)) if file is None else _written(codec, seat.table, file)
     parts = Marginals.tables(codec.layout)
     answers = measurer(ledger, plan.mu("marginals"), parts, _stream(plan, key, "marginals"))
-    marginals = Marginals.measure(codes, codec.layout, codec.used, answers, codec.schema.names)
+    marginals = Marginals.measure(
+        codes, codec.layout, codec.used, answers, codec.schema.names, codec.values
+    )
     return Measured(plan, ledger, codec, codes, marginals)
 
 

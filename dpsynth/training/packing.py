@@ -177,7 +177,11 @@ def _cut(steps: Sequence[int], most: int, overhead: float) -> list[list[int]]:
 
 def _steps(recipe: Recipe, seat: Seat) -> int:
     """T of a run; 0 of a family that is not trained."""
-    return plan_of(recipe, seat, seat.table.schema.expected_rows or 1).steps
+    return _plan(recipe, seat).steps
+
+
+def _plan(recipe: Recipe, seat: Seat) -> PrivacyPlan:
+    return plan_of(recipe, seat, seat.table.schema.expected_rows or 1)
 
 
 def _room(seats: Sequence[Seat], most: int, need: Need, limit: float) -> str:
@@ -241,8 +245,9 @@ def _widest(recipes: Sequence[Recipe], seats: Sequence[Seat]) -> tuple[Recipe, S
     # Where no number of rows is public, the true one, coarsely: only what is computed together
     # depends on it, nothing that is computed.
     rows = max(s.table.schema.expected_rows or _coarse(len(s.table)) for s in seats)
-    widest = max(recipes, key=_batch)
-    batch = min(rows, math.ceil(_batch(widest) + 6 * math.sqrt(_batch(widest))))
+    batches = [_plan(r, s).batch for r, s in zip(recipes, seats, strict=True)]
+    most, widest = max(batches), recipes[batches.index(max(batches))]
+    batch = min(rows, math.ceil(most + 6 * math.sqrt(most)))
     steps = min(2, max(_steps(r, s) for r, s in zip(recipes, seats, strict=True)))
     privacy = {"batch": batch, "steps": steps, "delta": min(1e-5, 0.5 / rows)}
     if widest.privacy.get("secure"):
@@ -253,7 +258,8 @@ def _widest(recipes: Sequence[Recipe], seats: Sequence[Seat]) -> tuple[Recipe, S
 
 
 def _batch(recipe: Recipe) -> int:
-    return recipe.privacy.get("batch", PrivacyPlan.batch)
+    """Of a recipe that names it, as that of `_widest` does."""
+    return recipe.privacy.get("batch") or PrivacyPlan.batch
 
 
 def _budgets(seats: Sequence[Seat]) -> tuple[float, ...]:

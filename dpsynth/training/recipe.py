@@ -15,7 +15,7 @@ from dpsynth.checks import UsageError, check_choice, check_count, check_positive
 from dpsynth.codec import Codec, Layout
 from dpsynth.data import Table
 from dpsynth.devices import resolve
-from dpsynth.models import Diffusion, Gan, Generator, Vae
+from dpsynth.models import Autoregressive, Diffusion, Gan, Generator, Vae
 from dpsynth.privacy.clipping import ENGINES
 from dpsynth.privacy.metadata import spent_events
 from dpsynth.privacy.plan import NoPrivacy, PrivacyPlan, check_shares
@@ -44,7 +44,8 @@ _CODEC = {"bins": 32, "heaps": 16}
 SHARES = {"rows": 0.01, "codec": 0.1, "marginals": 0.3}
 
 FAMILIES: dict[str, type[Generator]] = {
-    family.family: family for family in (Vae, Gan, Diffusion, Independent, NaiveBayes)
+    family.family: family
+    for family in (Autoregressive, Vae, Gan, Diffusion, Independent, NaiveBayes)
 }
 
 
@@ -199,9 +200,10 @@ def codec_settings(recipe: Recipe) -> dict[str, int]:
 
 
 def plan_of(recipe: Recipe, seat: Seat, rows: int) -> PrivacyPlan:
-    """The seat's plan, not yet calibrated: shares that nothing would use go to what is left."""
+    """The seat's plan, not yet calibrated: shares that nothing would use go to what is left, and
+    what the recipe does not name, or names as `None`, is what suits the family."""
     family, schema = FAMILIES[recipe.model], seat.table.schema
-    settings = dict(recipe.privacy)
+    settings = {name: value for name, value in recipe.privacy.items() if value is not None}
     shares = {**SHARES, **settings.pop("shares", {})}
     if schema.expected_rows is not None or not math.isfinite(seat.epsilon):
         shares["rows"] = 0.0
@@ -212,13 +214,16 @@ def plan_of(recipe: Recipe, seat: Seat, rows: int) -> PrivacyPlan:
     if not family.trained:
         settings["steps"] = 0
         shares["marginals"] = 1 - shares["rows"] - shares["codec"]
-    settings["clip"] = settings.get("clip") or family.clip
+    settings.setdefault("clip", family.clip)
     settings.setdefault("delta", 1e-5)
     of = {"unit": settings.get("unit", "record"), "contributions": settings.get("contributions", 1)}
     settings["spent"] = tuple(spent_events(schema, **of))
     if math.isinf(seat.epsilon):
-        return NoPrivacy(rows, shares=shares, **settings)
-    return PrivacyPlan(epsilon=seat.epsilon, rows=rows, shares=shares, **settings)
+        plan = NoPrivacy(rows, shares=shares, **settings)
+    else:
+        plan = PrivacyPlan(epsilon=seat.epsilon, rows=rows, shares=shares, **settings)
+    suited = family.planned(plan, len(schema.columns))
+    return replace(plan, **{k: v for k, v in suited.items() if k not in settings})
 
 
 def epsilon_for(recipe: Recipe, table: Table, target: Target) -> float:

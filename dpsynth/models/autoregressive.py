@@ -1,0 +1,311 @@
+"""Linear autoregressive likelihood in a fixed order of the columns; samples meet the noisy tables.
+
+Each column has a softmax over its levels that is linear in the levels of the columns before it
+(Larochelle & Murray 2011; logits as in a fully visible sigmoid belief network, Neal 1992), and
+starts from its noisy table given the target. Order, kernels, centres and scale follow from the
+noisy tables: they are published with them and cost nothing. Why each of them lowers the noise of
+DP-SGD: docs/design/quality-network.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpsynth.codec import Layout
+from dpsynth.marginals import Marginals
+from dpsynth.models.additive import additive_logits
+from dpsynth.models.base import Generator
+from dpsynth.networks import FleetMaskedLinear, column_log_likelihood, draw_level, sample_columns
+from dpsynth.optimizers import FleetSgd
+from dpsynth.privacy.calibration import whole_mu
+from dpsynth.privacy.plan import PrivacyPlan
+from dpsynth.randomness import FleetRng
+
+__all__ = ["Autoregressive"]
+
+# Weight of the smooth part of a kernel, and its length on the scale of a column's own mass.
+_SMOOTH, _LENGTH = 0.8, 0.08
+# Rows drawn from the tables, and the quantile of their gradient norms that the bound is set to.
+_DRAWN, _QUANTILE = 4096, 0.3
+# Median norm of a gradient that a pair of columns has, about; fewest and most steps; least batch.
+_PAIR, _STEPS, _BATCH = 0.45, (200, 1000), 2048
+# Most noise that all steps together may put on a weight (standard deviation, in logits).
+_SPREAD = 0.4
+_RATE = 3.0
+_CORRECTIONS = 15
+# Rows that are corrected together: enough for means, few enough for memory.
+_LEAST, _MOST = 1 << 13, 1 << 16
+
+
+class Autoregressive(Generator):
+    """z_j = log P(x_j | y) + R_j Σ_{i before j} W_ij f_i, with f_i = (R_i e_{x_i} - its mean given
+    y) / C: all pairs of columns at once, each in one matrix W_ij.
+
+    R_j is the root of a kernel that is smooth along the values of an ordered column, the identity
+    for a category. C is a quantile of the gradient norms of rows drawn from the tables, so one
+    clipping bound, 1, fits every table.
+
+    While sampling, each column's logits are shifted, by one vector a target level, until its mean
+    probabilities are those of its noisy table; the target is then drawn anew given the row, by the
+    additive model whose sufficient statistics the tables are. Where the target is given it stays.
+
+    Args:
+        lr: Learning rate of plain SGD in units of the features before they are divided by C; less
+            in a run whose noise would otherwise put more than 0.4 on a weight.
+    """
+
+    family = "autoregressive"
+
+    root: Tensor
+    mean: Tensor
+    scale: Tensor
+    noise: Tensor
+
+    def __init__(
+        self,
+        layout: Layout,
+        runs: int,
+        *,
+        lr: float | Sequence[float] = _RATE,
+        **common: Any,
+    ) -> None:
+        super().__init__(layout, runs, lr=lr, **common)
+        self.network = FleetMaskedLinear(runs, layout.levels)
+        # Row w holds the root's row of level w in its own column, padded to the longest.
+        self.register_buffer("root", torch.zeros(runs, layout.width, max(layout.levels)))
+        self.register_buffer("mean", torch.zeros(runs, layout.groups, layout.width))
+        self.register_buffer("scale", torch.ones(runs))
+        self.register_buffer("noise", torch.zeros(runs))
+
+    @classmethod
+    def planned(cls, plan: PrivacyPlan, columns: int) -> Mapping[str, Any]:
+        """As many steps at the usual rate as add up to `_SPREAD` of noise on a weight, and batches
+        large enough that a step's own noise is about twice its bound or more.
+
+        In the accountant's central limit the noise of a whole training is C/(μ n), whatever its
+        batches are; the smaller that is, the longer it pays to go on.
+        """
+        if not plan.private:
+            return {"steps": _STEPS[1], "batch": _BATCH}
+        whole = whole_mu(plan.epsilon, plan.delta, plan.spent, plan.contributions)
+        left = max(0.0, 1 - sum(plan.shares.values()))
+        signal = whole / plan.contributions * math.sqrt(left) * plan.rows
+        pairs = max(1, math.comb(columns, 2))
+        steps = _SPREAD * signal / (_PAIR * math.sqrt(pairs)) / _RATE
+        steps = round(min(max(steps, _STEPS[0]), _STEPS[1]))
+        return {"steps": steps, "batch": max(_BATCH, round(2 * signal / math.sqrt(steps)))}
+
+    @property
+    def _linear(self) -> FleetMaskedLinear:
+        assert isinstance(self.network, FleetMaskedLinear)
+        return self.network
+
+    def reset(self, rng: FleetRng) -> None:
+        """Weights 0: the start is a DP naive Bayes."""
+        self._linear.reset(rng)
+
+    # -- what follows from the tables ---------------------------------------------------------
+
+    def prepare(
+        self, marginals: Sequence[Marginals], used: Sequence[Tensor], rng: FleetRng
+    ) -> None:
+        super().prepare(marginals, used, rng)
+        for run, (tables, possible) in enumerate(zip(marginals, used, strict=True)):
+            self._linear.rank[run] = self._rank(tables)
+            for j in self._others():
+                block, levels = self._block(j), self.layout.levels[j]
+                root = _root(tables.values[block], tables.one_way()[block], possible[block])
+                self.root[run, block, :levels] = root.to(self.root)
+                self.mean[run, :, block] = (tables.given[:, block] @ root).to(self.mean)
+            self.noise[run] = tables.noise
+        self.scale.fill_(1.0)
+        pieces = [
+            self._norms(size, rng.at("init:scale", number))
+            for number, size in enumerate(self.chunks(_DRAWN, 512))
+        ]
+        self.scale.copy_(torch.cat(pieces, dim=1).quantile(_QUANTILE, dim=1))
+
+    def _block(self, column: int) -> slice:
+        start = self.layout.offsets[column]
+        return slice(start, start + self.layout.levels[column])
+
+    def _others(self) -> list[int]:
+        """All columns but the target."""
+        return [j for j in range(self.layout.columns) if j != self.layout.target]
+
+    def _rank(self, tables: Marginals) -> Tensor:
+        """Place of each column (D,): the target first, then by falling mutual information with it;
+        without a target by falling entropy."""
+        alone = tables.one_way().clamp_min(1e-12)
+        joint = tables.prior[:, None] * tables.given
+        against = tables.prior[:, None] * alone if self.layout.target is not None else 1.0
+        gain = (joint * (joint.clamp_min(1e-12) / against).clamp_min(1e-12).log()).sum(0)
+        sign = -1.0 if self.layout.target is None else 1.0
+        gains = torch.stack([sign * block.sum() for block in gain.split(list(self.layout.levels))])
+        if self.layout.target is not None:
+            gains[self.layout.target] = math.inf
+        return gains.argsort(descending=True, stable=True).argsort()
+
+    def _norms(self, rows: int, rng: FleetRng) -> Tensor:
+        """Norms of the gradients of rows drawn from the tables, at weights of 0 (runs, rows)."""
+        levels = list(self.layout.levels)
+        group = self.draw_groups(rows, rng, None)
+        start = self.offset(group)
+        codes = self.with_target(sample_columns(start, levels, rng), group)
+        share = torch.cat([block.softmax(-1) for block in start.split(levels, -1)], dim=-1)
+        back = self._rooted(self.layout.one_hot(codes, share.dtype) - share)
+        ahead, behind = (
+            torch.stack([block.square().sum(-1) for block in x.split(levels, -1)], dim=-1)
+            for x in (self.features(codes), back)
+        )
+        rank = self._linear.rank
+        before = (rank[:, None, :, None] < rank[:, None, None, :]).to(ahead)
+        squared = ((ahead[..., None] * before).sum(-2) * behind).sum(-1)
+        return squared.sqrt().clamp_min(1e-6)
+
+    # -- likelihood ---------------------------------------------------------------------------
+
+    def features(self, codes: Tensor) -> Tensor:
+        """Centred, smoothed and scaled one-hot rows: codes (runs, rows, D) -> (runs, rows, W)."""
+        run = torch.arange(self.runs, device=codes.device)[:, None]
+        places = codes + torch.tensor(self.layout.offsets, device=codes.device)
+        padded = self.root[run[..., None], places]
+        rows = [padded[..., j, :levels] for j, levels in enumerate(self.layout.levels)]
+        centred = torch.cat(rows, dim=-1) - self.mean[run, self.layout.group_of(codes)]
+        return centred / self.scale[:, None, None]
+
+    def _rooted(self, x: Tensor) -> Tensor:
+        """R_j times the block of each column (runs, rows, W)."""
+        blocks = x.split(list(self.layout.levels), dim=-1)
+        parts = [
+            block @ self.root[:, self._block(j), : block.shape[-1]]
+            for j, block in enumerate(blocks)
+        ]
+        return torch.cat(parts, dim=-1)
+
+    def logits(self, codes: Tensor) -> Tensor:
+        """Scores of every column's levels given the columns before it (runs, rows, W)."""
+        start = self.offset(self.layout.group_of(codes))
+        return start + self._rooted(self.network(self.features(codes)))
+
+    def record_loss(self, codes: Tensor, rng: FleetRng) -> Tensor:
+        """-log p(x); nothing is drawn."""
+        return -column_log_likelihood(self.logits(codes), codes, self.layout.levels).sum(-1)
+
+    def configure_optimizers(self) -> Any:
+        rates = [
+            self._rate(run, lr) * scale**2
+            for run, (lr, scale) in enumerate(zip(self.lr, self.scale.tolist(), strict=True))
+        ]
+        return [FleetSgd(self.network.parameters(), torch.tensor(rates).to(self.scale))]
+
+    def _rate(self, run: int, lr: float) -> float:
+        """Learning rate of a run: at most that at which the noise of all its steps adds up to
+        `_SPREAD`; all of it is public."""
+        plan = self.plans[run]
+        if not (plan.private and plan.steps):
+            return lr
+        each = plan.noise * plan.bound * float(self.scale[run]) / (plan.q * plan.rows)
+        return min(lr, _SPREAD / (each * math.sqrt(plan.steps)))
+
+    # -- sampling -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(self, rows: int, rng: FleetRng, given: Mapping[int, int] | None = None) -> Tensor:
+        parts = []
+        for number, size in enumerate(self.chunks(rows, _MOST)):
+            # Few rows would all be bent to the tables, so more are drawn than are kept.
+            drawn = self._draw(max(size, _LEAST), rng.at("sample", number), given or {})
+            parts.append(drawn[:, :size])
+        return torch.cat(parts, dim=1)
+
+    def _draw(self, rows: int, rng: FleetRng, given: Mapping[int, int]) -> Tensor:
+        """Rows that are corrected together, in random order (runs, rows, D)."""
+        offsets, turns = rng.uniform(1), rng.uniform(rows).argsort(-1)
+        draws = rng.uniform(rows, self.layout.columns)
+        target, drawn = self.layout.target, []
+        for run in range(self.runs):
+            if target is not None and target in given:
+                group = torch.full_like(turns[run], given[target])
+                drawn.append(self._columns(run, group, draws[run]))
+                continue
+            group = _evenly(self.prior_logits[run].softmax(-1), offsets[run], rows)[turns[run]]
+            codes = self._columns(run, group, draws[run])
+            if target is not None:
+                codes[:, target] = draw_level(self._target(run, codes), draws[run, :, target])
+            drawn.append(codes)
+        return torch.stack(drawn)
+
+    def _columns(self, run: int, group: Tensor, draws: Tensor) -> Tensor:
+        """All columns given the target's level (rows,), from uniform draws (rows, D)."""
+        codes = torch.zeros_like(draws, dtype=torch.long)
+        if self.layout.target is not None:
+            codes[:, self.layout.target] = group
+        features = draws.new_zeros(len(draws), self.layout.width).to(self.root)
+        weight = self._linear.masked()[run]
+        for j in self._linear.rank[run].argsort().tolist():
+            if j == self.layout.target:
+                continue
+            block, start = self._block(j), self.given_logits[run, :, self._block(j)]
+            root = self.root[run, block, : self.layout.levels[j]]
+            logits = start[group] + features @ weight[:, block] @ root
+            codes[:, j] = draw_level(_corrected(logits, group, start.softmax(-1)), draws[:, j])
+            centred = root[codes[:, j]] - self.mean[run, :, block][group]
+            features[:, block] = centred / self.scale[run]
+        return codes
+
+    def _target(self, run: int, codes: Tensor) -> Tensor:
+        """Scores of the target's levels given all other columns (rows, groups)."""
+        prior, others = self.prior_logits[run], self._others()
+        tables = [
+            prior.softmax(-1)[:, None] * self.given_logits[run, :, self._block(j)].softmax(-1)
+            for j in others
+        ]
+        if not others:
+            return prior.expand(len(codes), -1)
+        return additive_logits([codes[:, j] for j in others], tables, prior, float(self.noise[run]))
+
+
+def _root(values: Tensor, share: Tensor, used: Tensor) -> Tensor:
+    """Symmetric root of a column's kernel (L, L).
+
+    Args:
+        values: Where each level lies, NaN where it has no place (L,).
+        share: Noisy share of each level (L,).
+        used: Which levels can occur (L,).
+    """
+    kernel = torch.eye(len(values), dtype=torch.float64)
+    placed = (used & values.isfinite()).nonzero().flatten()
+    if len(placed) > 1:
+        placed = placed[values[placed].argsort(stable=True)]
+        mass = share[placed].double() / share[placed].sum().clamp_min(1e-12)
+        middle = mass.cumsum(0) - mass / 2
+        near = (-(middle[:, None] - middle).square() / (2 * _LENGTH**2)).exp()
+        kernel[placed[:, None], placed] = _SMOOTH * near + (1 - _SMOOTH) * torch.eye(len(placed))
+    scales, vectors = torch.linalg.eigh(kernel)
+    half = vectors * scales.clamp_min(0).sqrt().sqrt()
+    return half @ half.T
+
+
+def _evenly(share: Tensor, offset: Tensor, rows: int) -> Tensor:
+    """Levels in these shares, each as often as it is due but for less than one row (rows,)."""
+    ends = share.double().cumsum(0)
+    points = (torch.arange(rows, device=share.device) + offset.double()) / rows
+    return torch.searchsorted(ends, points.clamp(max=1 - 1e-9) * ends[-1], right=True)
+
+
+def _corrected(logits: Tensor, group: Tensor, wanted: Tensor) -> Tensor:
+    """Logits (rows, L) shifted by one vector a group, so that in each the mean of the
+    probabilities is `wanted` (groups, L)."""
+    rows = torch.bincount(group, minlength=len(wanted)).clamp_min(1)[:, None]
+    shift = torch.zeros_like(wanted)
+    for _ in range(_CORRECTIONS):
+        share = (logits + shift[group]).softmax(-1)
+        mean = torch.zeros_like(wanted).index_add_(0, group, share) / rows
+        shift += (wanted.clamp_min(1e-8) / mean.clamp_min(1e-8)).log().clamp(-3, 3)
+    return logits + shift[group]
