@@ -62,6 +62,8 @@ FORMS = {
     "gdp": "both rates, Gaussian",
     "guesses": "right guesses, Gaussian",
 }
+# Attacks in one figure: the strongest, and those with the largest AUC.
+MOST_DRAWN = 12
 # Chance that one of the bounds of the pipeline contradicts a true claim.
 SURE = 1e-3 / 9
 SHOWN_EPSILONS = (0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -468,10 +470,13 @@ class _Todo:
         return buffer.getvalue()
 
     def _curves(self, scores: Scores, strongest: str) -> dict[str, bytes]:
+        areas = {name: auc(*pair) for name, pair in scores.items()}
+        order = sorted(areas, key=lambda name: (name != strongest, -areas[name]))
+        shown = {name: scores[name] for name in order[:MOST_DRAWN]}
         files = {}
         for ending in ("png", "pdf"):
             path = self.stages.folder / f"roc.{ending}"
-            roc_figure(scores, self.ceiling, strongest=strongest, path=path, title="Who was in")
+            roc_figure(shown, self.ceiling, strongest=strongest, path=path, title="Who was in")
             files[path.name] = path.read_bytes()
         return files
 
