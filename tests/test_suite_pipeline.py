@@ -163,11 +163,11 @@ def test_queries_that_follow_from_the_rows_are_refused(monkeypatch: pytest.Monke
     """A table that is counted only where the rows are many enough."""
     sound = Marginals.measure.__func__  # type: ignore[attr-defined]
 
-    def eager(cls: Any, codes: Any, layout: Any, used: Any, measurer: Any, names: Any) -> Any:
+    def eager(cls: Any, codes: Any, layout: Any, used: Any, measurer: Any, *rest: Any) -> Any:
         if sum(map(len, codes)) > 256:
             measurer._left += 1
             measurer.histograms("marginal:again", 1)(np.zeros(3))
-        return sound(cls, codes, layout, used, measurer, names)
+        return sound(cls, codes, layout, used, measurer, *rest)
 
     monkeypatch.setattr(Marginals, "measure", classmethod(eager))
     with pytest.raises(UsageError, match=r"follows from the rows|more were released"):
