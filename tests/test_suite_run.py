@@ -105,6 +105,15 @@ def test_full_audit(diffusion, split, tmp_path):
     assert "meta" in frame
 
 
+def test_full_audit_where_no_gradient_canary_fits(split, tmp_path):
+    folder = _trained(split, tmp_path / "run", "autoregressive", 4.0)
+    report = _audited(folder, split, tmp_path / "audit", replace(SMALL, suite="full"))
+    kinds = {bound.audit for bound in report.bounds}
+    assert kinds >= {"steps", "whole pipeline, releases seen"}
+    assert "canaries in DP-SGD" not in kinds
+    assert any("no bound from one run" in note for note in report.notes)
+
+
 def test_a_run_with_secure_noise_is_audited_by_models_that_have_a_seed(split, tmp_path):
     recipe = tiny.recipe("vae", privacy={"secure": True})
     (trained,) = train_fleet(recipe, [Seat(split.members, 4.0, None)])

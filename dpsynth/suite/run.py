@@ -48,6 +48,7 @@ from dpsynth.suite.shadows import (
 from dpsynth.suite.stages import Stages
 from dpsynth.suite.steps import audit_run_steps
 from dpsynth.suite.whitebox import reference_run, white_box
+from dpsynth.training.canaries import canary_layers
 from dpsynth.training.run import Run
 
 __all__ = ["SUITES", "Setting", "audit_run"]
@@ -194,12 +195,17 @@ class _Todo:
         names += ["steps"] if self._stepped else []
         if self.setting.suite == "full":
             names += ["shadows", "pseudo targets", "targeted"]
-            names += ["pipeline", "canaries"] if self._stepped else []
+            names += ["pipeline"] if self._stepped else []
+            names += ["canaries"] if self._canaried else []
         return names
 
     @property
     def _stepped(self) -> bool:
         return self.run.plan.private and self.run.executed > 0
+
+    @property
+    def _canaried(self) -> bool:
+        return self._stepped and bool(canary_layers(self.run.generator.network))
 
     # -- who was in --------------------------------------------------------------------------
 
@@ -329,7 +335,8 @@ class _Todo:
         if self.setting.suite == "quick":
             return
         yield from self._of_pipeline(self.stages.json("pipeline", self._pipeline))
-        yield from self._of_canaries(self.stages.json("canaries", self._canaries))
+        if self._canaried:
+            yield from self._of_canaries(self.stages.json("canaries", self._canaries))
 
     def _of_pipeline(self, found: dict[str, Any]) -> Iterator[Bound]:
         forms = forms_of(found["delta"])
@@ -432,6 +439,8 @@ class _Todo:
 
     def _notes(self) -> Iterator[str]:
         if self.setting.suite == "full":
+            if self._stepped and not self._canaried:
+                yield "no bound from one run: the network has no layer that gradient canaries go to"
             yield from self._trained_shadows.notes
             aimed = self.stages.json("targeted", self._targeted)
             yield (

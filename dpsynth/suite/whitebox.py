@@ -59,10 +59,7 @@ def white_box(
     key = derive(seed, "white-box")
     # One model at a time: the reference's codec may have other levels.
     found = [
-        -np.concatenate(
-            [signals_of([one], parts.candidates, key=key, draws=draws, device=device)[0]]
-        )
-        for one in runs
+        -signals_of([one], parts.candidates, key=key, draws=draws, device=device)[0] for one in runs
     ]
     size = len(parts.inside)
     scores: Scores = {}

@@ -48,6 +48,7 @@ __all__ = [
     "CanaryScores",
     "CanarySettings",
     "canary_key",
+    "canary_layers",
     "coins_of",
     "kept_scores",
     "record_canaries",
@@ -183,12 +184,17 @@ class _Directions:
         return ((self.a @ weight + bias[:, None]) * self.b).sum(-1)
 
 
+def canary_layers(network: nn.Module) -> list[FleetLinear]:
+    """Layers that gradient canaries can go to; without any a network can have none."""
+    return [m for m in network.modules() if isinstance(m, FleetLinear)]
+
+
 def _directions(network: nn.Module, number: int, rng: FleetRng) -> list[_Directions]:
     """`number` random rank-one directions, spread over the linear layers by their size.
 
     Two in one layer have an inner product of about 1/√(in · out), two in different ones of 0.
     """
-    layers = [m for m in network.modules() if isinstance(m, FleetLinear)]
+    layers = canary_layers(network)
     if not layers:
         raise UsageError("audit.canary=gradient: the network has no FleetLinear layer")
     ends = np.cumsum([layer.weight[0].numel() for layer in layers])
@@ -230,7 +236,7 @@ class _CanariesEngine:
         plans = generator.plans
         self._engine: Engine = generator._engine
         self._rng = FleetRng(keys)
-        self._layers = [m for m in generator.network.modules() if isinstance(m, FleetLinear)]
+        self._layers = canary_layers(generator.network)
         self._directions = _directions(generator.network, number, self._rng)
         like = self._layers[0].weight
         self._release = Release(
