@@ -1,8 +1,9 @@
 """Codec: a table of mixed columns ⟷ a matrix of level numbers, every column discrete.
 
-Categories keep their declared levels. A number becomes one of `bins` intervals of about equal mass,
-found by a noisy tree, or one of `heaps` values that hold far more rows than their neighbours
-(zeros, round numbers, caps). Missing is a level of its own. The number of levels is public (it
+Categories keep their declared levels. A number becomes one of `bins` intervals of about equal mass
+or one of `heaps` values that hold far more rows than their neighbours (zeros, round numbers, caps):
+on a short grid both are found in one noisy histogram of all its cells, on a long one by a noisy
+histogram and a noisy tree. Missing is a level of its own. The number of levels is public (it
 follows from the schema and the settings), so that runs with different noise share one network
 shape; levels that a run leaves empty are marked unused.
 """
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,15 @@ __all__ = ["Codec", "Layout"]
 _FANOUT = 16
 _MAX_CELLS = 2**22
 _UNKNOWN_STEP_CELLS = 2**16
-_HEAP_MASS = 0.002
+# Up to so many cells one noisy count a cell costs less than a tree does.
+_SHORT_CELLS = 1024
+# Parts of the budget of the heap histogram and of the tree: of a grid that is not exact, three
+# spots are all that could be heaps.
+_EXACT_PARTS, _LONG_PARTS = (2, 1), (1, 2)
+# A node is split where its mass is so many σ: of less, its children show noise.
+_CLEAR = 4.0
+# A share of the rows, and a count that neighbours of a few rows do not reach by chance.
+_HEAP_MASS, _HEAP_ROWS = 0.0005, 10
 _HEAP_PROMINENCE = 4.0
 _HEAP_WINDOW = 4
 _LEAST_BIN = 0.001
@@ -132,6 +142,11 @@ class Grid:
         return self.per == 1
 
     @property
+    def short(self) -> bool:
+        """Whether every cell is counted by itself."""
+        return self.exact and self.cells <= _SHORT_CELLS
+
+    @property
     def points(self) -> np.ndarray:
         """Values of the spots of a grid that is not exact."""
         inner = [0.0] if self.lower < 0 < self.upper else []
@@ -152,6 +167,10 @@ class Grid:
     def at(self, spot: np.ndarray) -> np.ndarray:
         """Value of each spot."""
         return self._on_grid(spot) if self.exact else self.points[spot]
+
+    def taken(self, heaps: np.ndarray) -> np.ndarray:
+        """Cells in which there is nothing but a heap, ascending."""
+        return np.sort(heaps) if self.exact else heaps[:0]
 
     def cell(self, values: np.ndarray) -> np.ndarray:
         """Cell number of each value (missing values give 0)."""
@@ -279,7 +298,7 @@ class NumericCoder:
 
     def _taken(self) -> np.ndarray:
         """Cells that are heaps, ascending."""
-        return np.sort(self.heaps) if Grid.of(self.column).exact else self.heaps[:0]
+        return Grid.of(self.column).taken(self.heaps)
 
     def _free(self) -> tuple[np.ndarray, np.ndarray]:
         """Of each leaf, the rank of its first cell and the number of its cells, heaps left out."""
@@ -310,6 +329,16 @@ class NumericCoder:
         ids = np.arange(cells)
         return cls(column, cells, 0, ids, np.ones(cells), ids, np.zeros(0, dtype=np.int64))
 
+    @staticmethod
+    def questions(column: Column, heaps: int) -> list[tuple[str, int]]:
+        """What `fit` asks: name of the event and parts of the budget, in order; reads no row."""
+        grid = Grid.of(column)
+        if grid.short:
+            return [(f"cells:{column.name}", 1)]
+        spots, tree = _EXACT_PARTS if grid.exact else _LONG_PARTS
+        asked = [(f"heaps:{column.name}", spots)] if heaps else []
+        return [*asked, (f"bins:{column.name}", tree)]
+
     @classmethod
     def fit(
         cls,
@@ -321,24 +350,103 @@ class NumericCoder:
         bins: int,
         heaps: int,
     ) -> NumericCoder:
-        """Find heaps on the finest grid, then bins on what is left; both pay the ledger."""
-        grid = Grid.of(column)
+        """Find heaps on the finest grid, then bins on what is left; both pay the ledger.
+
+        The `rows` that are neither on a heap nor missing, by noisy counts, are the mass of the
+        leaves: what is counted in them is projected onto that sum.
+        """
+        seen, asked = _Seen.of(column, values), iter(cls.questions(column, heaps))
+
+        def ask(queries: int) -> HistogramNoise:
+            what, parts = next(asked)
+            return measurer.histograms(what, queries, parts)
+
+        if seen.grid.short:
+            found, starts, mass, sigma = _count_cells(seen, ask, rows, heaps)
+        else:
+            found, starts, mass, sigma = _count_nodes(seen, ask, rows, bins, heaps)
+        leaf_bin = _merge_leaves(mass, bins, rows * _LEAST_BIN)
+        coder = cls(column, bins, heaps, starts, mass / rows, leaf_bin, found)
+        return coder._shrunk(sigma / rows)
+
+    def _shrunk(self, sigma: float) -> NumericCoder:
+        """Masses pulled together inside a bin as far as their noise of `sigma` explains that they
+        differ. Only among leaves of equally many cells: a mean of others is no density."""
+        pairs = np.stack([self.leaf_bin, self._free()[1]], axis=1)
+        group = np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
+        return replace(self, mass=_shrink(self.mass, group, sigma))
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """Private rows of one number.
+
+    Attributes:
+        grid: Public cells.
+        numbers: Values that are not missing.
+        missing: How many are missing; `None` where the column is not nullable, or they have been
+            counted already.
+    """
+
+    grid: Grid
+    numbers: np.ndarray
+    missing: int | None
+
+    @classmethod
+    def of(cls, column: Column, values: pd.Series) -> _Seen:
         present = values.dropna().to_numpy(dtype=float)
-        cell, spot = grid.cell(present), grid.spot(present)
-        found, rest_rows = np.zeros(0, dtype=np.int64), float(rows)
-        if heaps:
-            noise = measurer.histograms(f"heaps:{column.name}", 1)
-            noisy = noise(np.bincount(spot[spot >= 0], minlength=grid.spots).astype(float))
-            around = _HEAP_WINDOW if grid.exact else 0
-            found = _find_heaps(noisy, noise.sigma, rows, around)[:heaps]
-            rest_rows -= noisy[found].sum()
-        rest = cell[~np.isin(spot, found)]
-        depth = math.ceil(math.log(grid.cells, _FANOUT))
-        noise = measurer.histograms(f"bins:{column.name}", depth)
-        heavy = max(rest_rows / bins, rows * _LEAST_BIN, 3 * noise.sigma)
-        starts, mass = _grow_tree(rest, grid.cells, depth, noise, heavy)
-        leaf_bin = _merge_leaves(mass, bins, heavy)
-        return cls(column, bins, heaps, starts, mass / rows, leaf_bin, found)
+        missing = len(values) - len(present) if column.nullable else None
+        return cls(Grid.of(column), present, missing)
+
+    def without(self, spots: np.ndarray) -> _Seen:
+        """The rows that lie on none of these spots."""
+        return replace(self, numbers=self.numbers[~np.isin(self.grid.spot(self.numbers), spots)])
+
+    def histogram(
+        self, noise: HistogramNoise, place: np.ndarray, size: int
+    ) -> tuple[np.ndarray, float]:
+        """Noisy counts of `size` places, and of the missing rows, one cell more of the same
+        histogram; 0 where none are to be counted."""
+        counts = np.bincount(place, minlength=size).astype(float)
+        if self.missing is None:
+            return noise(counts), 0.0
+        noisy = noise(np.append(counts, self.missing))
+        return noisy[:-1], max(float(noisy[-1]), 0.0)
+
+
+# Heaps, first cell and mass of each leaf, and σ of a mass.
+_Counted = tuple[np.ndarray, np.ndarray, np.ndarray, float]
+
+
+def _count_cells(
+    seen: _Seen, ask: Callable[[int], HistogramNoise], rows: int, heaps: int
+) -> _Counted:
+    """A short grid: every cell is a leaf, of one histogram."""
+    noise, cells = ask(1), seen.grid.cells
+    noisy, missing = seen.histogram(noise, seen.grid.cell(seen.numbers), cells)
+    found = _find_heaps(noisy, noise.sigma, rows, _HEAP_WINDOW)[:heaps]
+    rest = max(rows - noisy[found].sum() - missing, 1.0)
+    noisy[found] = -np.inf
+    mass = _onto_simplex(noisy[None], np.array([rest]))[0]
+    return found, np.arange(cells), mass, noise.sigma
+
+
+def _count_nodes(
+    seen: _Seen, ask: Callable[[int], HistogramNoise], rows: int, bins: int, heaps: int
+) -> _Counted:
+    """A long grid: a histogram of its spots, if there may be heaps, and a tree."""
+    found, rest, grid = np.zeros(0, dtype=np.int64), float(rows), seen.grid
+    if heaps:
+        noise, spot = ask(1), grid.spot(seen.numbers)
+        noisy, missing = seen.histogram(noise, spot[spot >= 0], grid.spots)
+        around = _HEAP_WINDOW if grid.exact else 0
+        found = _find_heaps(noisy, noise.sigma, rows, around)[:heaps]
+        rest = max(rows - noisy[found].sum() - missing, 1.0)
+        seen = replace(seen.without(found), missing=None)
+    depth = math.ceil(math.log(grid.cells, _FANOUT))
+    noise, least = ask(depth), rows * _LEAST_BIN
+    starts, mass = _grow_tree(seen, found, noise, depth, rest, bins=bins, least=least)
+    return found, starts, mass, noise.sigma
 
 
 def _find_heaps(noisy: np.ndarray, sigma: float, rows: int, around: int) -> np.ndarray:
@@ -346,45 +454,92 @@ def _find_heaps(noisy: np.ndarray, sigma: float, rows: int, around: int) -> np.n
 
     The noise threshold lets half a false spot through in expectation over the whole grid.
     """
-    threshold = max(sigma * norm.isf(0.5 / len(noisy)), rows * _HEAP_MASS)
-    spots = np.flatnonzero(noisy > threshold)
+    clear, least = norm.isf(0.5 / len(noisy)), max(rows * _HEAP_MASS, _HEAP_ROWS)
+    spots = np.flatnonzero(noisy > max(clear * sigma, least))
     heavy = noisy[spots]
     if around:
         total = np.concatenate([[0.0], np.cumsum(noisy)])
         first = np.maximum(spots - around, 0)
         last = np.minimum(spots + around + 1, len(noisy))
-        usual = (total[last] - total[first] - heavy) / (last - first - 1)
-        usual = np.maximum(usual, 0)
-        # Rows that the neighbours have too count for nothing against the noise.
-        prominent = (heavy > _HEAP_PROMINENCE * usual) & (heavy - usual > threshold)
+        beside = last - first - 1
+        usual = np.maximum((total[last] - total[first] - heavy) / beside, 0)
+        # Rows that the neighbours have too count for nothing against the noise; how many a value
+        # has varies by the square root, and the mean over neighbours has its share of both.
+        chance = np.sqrt((sigma**2 + usual) * (1 + 1 / beside))
+        enough = np.maximum(clear * chance, least)
+        prominent = (heavy > _HEAP_PROMINENCE * usual) & (heavy - usual > enough)
         spots, heavy = spots[prominent], heavy[prominent]
     return spots[np.argsort(-heavy, kind="stable")]
 
 
 def _grow_tree(
-    cell: np.ndarray, cells: int, depth: int, noise: HistogramNoise, heavy: float
+    seen: _Seen,
+    taken: np.ndarray,
+    noise: HistogramNoise,
+    depth: int,
+    rest: float,
+    *,
+    bins: int,
+    least: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Split every node heavier than half a bin and clear of the noise; (starts, mass) of the
-    leaves. One histogram a level, so `depth` of them are paid for."""
-    threshold = max(heavy / 2, 2 * noise.sigma)
-    open_nodes = np.zeros(1, dtype=np.int64)
+    leaves. One histogram a level, so `depth` of them are paid for; the first counts missing rows
+    too, unless they have been.
+
+    Children share the mass of their node (`rest`, at the root), so that the noise of empty
+    stretches adds up to nothing. Those without a cell but the heaps (`taken`) get none.
+    """
+    cells, cell = seen.grid.cells, seen.grid.cell(seen.numbers)
+    nodes, mass, threshold = np.zeros(1, dtype=np.int64), np.array([rest]), 0.0
     leaves: list[tuple[np.ndarray, np.ndarray]] = []
     for level in range(1, depth + 1):
         width = _FANOUT ** (depth - level)
-        children = (open_nodes[:, None] * _FANOUT + np.arange(_FANOUT)).ravel()
-        children = children[children * width < cells]
-        node, place = cell // width, np.full(len(cell), -1)
-        place = np.searchsorted(children, node).clip(max=len(children) - 1)
-        counts = np.bincount(place[children[place] == node], minlength=len(children))
-        noisy = noise(counts.astype(float))
-        split = (noisy > threshold) & (level < depth)
-        leaves.append((children[~split] * width, np.maximum(noisy[~split], 0)))
-        open_nodes = children[split]
-        if not len(open_nodes):
+        children = nodes[:, None] * _FANOUT + np.arange(_FANOUT)
+        inside = children * width < cells
+        asked, node = children[inside], cell // width
+        place = np.searchsorted(asked, node).clip(max=len(asked) - 1)
+        noisy, missing = seen.histogram(noise, place[asked[place] == node], len(asked))
+        if level == 1:
+            mass, seen = np.maximum(mass - missing, 1.0), replace(seen, missing=None)
+            threshold = max(mass[0] / bins / 2, least / 2, _CLEAR * noise.sigma)
+        counts = np.full(children.shape, -np.inf)
+        counts[inside] = noisy
+        edges = np.minimum([children * width, (children + 1) * width], cells)
+        first, last = edges - np.searchsorted(seen.grid.taken(taken), edges)
+        counts[first == last] = -np.inf
+        shared = _onto_simplex(counts, mass)
+        split = (shared > threshold) & (level < depth)
+        leaf = inside & ~split
+        leaves.append((children[leaf] * width, shared[leaf]))
+        nodes, mass = children[split], shared[split]
+        if not len(nodes):
             break
-    starts, mass = (np.concatenate(part) for part in zip(*leaves, strict=True))
+    starts, held = (np.concatenate(part) for part in zip(*leaves, strict=True))
     order = np.argsort(starts)
-    return starts[order], mass[order]
+    return starts[order], held[order]
+
+
+def _onto_simplex(counts: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """Each row's nearest point with sum `totals` and no negative entry; −inf gives 0.
+
+    Subtracting one constant and cutting at 0 removes the upward bias that cutting alone gives
+    noisy zeros (Euclidean projection; Duchi et al. 2008).
+    """
+    order = -np.sort(-counts, axis=-1)
+    excess = (np.cumsum(order, axis=-1) - totals[:, None]) / np.arange(1, counts.shape[-1] + 1)
+    last = np.maximum((order > excess).sum(axis=-1) - 1, 0)
+    return np.maximum(counts - np.take_along_axis(excess, last[:, None], axis=-1), 0)
+
+
+def _shrink(mass: np.ndarray, group: np.ndarray, sigma: float) -> np.ndarray:
+    """Positive-part James–Stein towards the mean of each group, whose sum stays (Efron & Morris
+    1973); without noise nothing moves."""
+    size = np.bincount(group)
+    mean = np.bincount(group, mass) / size
+    spread = np.bincount(group, (mass - mean[group]) ** 2)
+    noise = (size - 1) * sigma**2
+    kept = 1 - np.divide(noise, spread, out=np.ones(len(size)), where=spread > noise)[group]
+    return kept * mass + (1 - kept) * mean[group]
 
 
 def _merge_leaves(mass: np.ndarray, bins: int, heavy: float) -> np.ndarray:
@@ -451,14 +606,22 @@ class Codec:
         return [c for c in schema.columns if c.numeric and Grid.of(c).cells > bins + heaps]
 
     @classmethod
+    def questions(cls, schema: Schema, bins: int, heaps: int) -> list[tuple[str, int]]:
+        """What `fit` asks of a table under `schema`: name of the event and parts of the budget of
+        each question, in order. It is the schema's and the settings', so a plan can tell."""
+        columns = cls.measured_columns(schema, bins, heaps)
+        return [asked for column in columns for asked in NumericCoder.questions(column, heaps)]
+
+    @classmethod
     def fit(
-        cls, table: Table, measurer: Measurer, *, rows: int, bins: int = 32, heaps: int = 16
+        cls, table: Table, measurer: Measurer, *, rows: int, bins: int = 20, heaps: int = 16
     ) -> Codec:
-        """Learn bins and heaps through `measurer` (its `parts` are 2 a measured column).
+        """Learn bins and heaps through `measurer`.
 
         Args:
             table: Private rows.
-            measurer: Pays for and adds noise to every count.
+            measurer: Pays for and adds noise to every count; its `parts` are those of all
+                `questions` together.
             rows: Public number of rows, the scale of what counts as heavy.
             bins: Bin slots a number.
             heaps: Heap slots a number.

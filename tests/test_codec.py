@@ -14,10 +14,14 @@ from hypothesis import strategies as st
 from oracles import by_bisection
 from scipy import stats
 
+from dpsynth import codec as codec_module
+from dpsynth import datasets
 from dpsynth.checks import UsageError
-from dpsynth.codec import Codec, Grid, Layout, NumericCoder
+from dpsynth.codec import Codec, Grid, Layout, NumericCoder, _onto_simplex, _shrink
 from dpsynth.data import Table
-from dpsynth.marginals import Marginals, _onto_simplex
+from dpsynth.evaluation.coding import Coder
+from dpsynth.marginals import Marginals, onto_simplex
+from dpsynth.privacy.calibration import gaussian_mu
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.mechanisms import Measurer
 from dpsynth.schema import Column, Schema
@@ -32,7 +36,7 @@ def measurer(mu: float = FREE, parts: int = 20, seed: int = 0, ledger: Ledger | 
 
 def fit(table: Table, mu: float = FREE, *, seed: int = 0, bins: int = BINS, heaps: int = HEAPS):
     """A codec whose parts are all paid for."""
-    parts = 2 * len(Codec.measured_columns(table.schema, bins, heaps))
+    parts = sum(part for _, part in Codec.questions(table.schema, bins, heaps))
     return Codec.fit(table, measurer(mu, parts, seed), rows=len(table), bins=bins, heaps=heaps)
 
 
@@ -48,12 +52,16 @@ COUNT = Column("count", "integer", lower=-500, upper=9_000, nullable=True)
 LONG = Column("long", "integer", lower=-5_000_000, upper=800_000_000)
 PRICE = Column("price", "decimal", lower=-20.0, upper=1000.0, step=0.05)
 CENTS = Column("cents", "decimal", lower=0.0, upper=900_000.0, step=0.01, nullable=True)
+AGE = Column("age", "integer", lower=17, upper=190, nullable=True)
 RATIO = Column("ratio", "decimal", lower=-1.5, upper=4.5, nullable=True)
 VAST = Column("vast", "decimal", lower=-1e300, upper=1e300)
 HUGE = Column("huge", "integer", lower=-(2**53), upper=2**53)
 KIND = Column("kind", "categorical", ("a", "b", "c"), nullable=True)
 SIZE = Column("size", "categorical", ("s", "m", "l"), ordered=True)
-COLUMNS = {c.name: c for c in (DIRECT, COUNT, LONG, PRICE, CENTS, RATIO, VAST, HUGE, KIND, SIZE)}
+COLUMNS = {
+    c.name: c for c in (DIRECT, COUNT, AGE, LONG, PRICE, CENTS, RATIO, VAST, HUGE, KIND, SIZE)
+}
+MEASURED = [name for name, column in COLUMNS.items() if column.numeric and name != "direct"]
 
 
 @st.composite
@@ -469,6 +477,205 @@ def test_only_the_heaviest_heaps_get_a_slot() -> None:
     assert heaps_of(fit(filled(column, values), heaps=0)) == set()
 
 
+# Masses
+
+
+class Overheard(Measurer):
+    """A measurer whose answers are kept, by event."""
+
+    def __init__(self, mu: float, parts: int, seed: int = 0) -> None:
+        super().__init__(Ledger(1e-5), mu, parts, np.random.default_rng(seed))
+        self.told: dict[str, list[np.ndarray]] = {}
+
+    def answering(self, what: str, mu: float, queries: int) -> Any:
+        noise = super().answering(what, mu, queries)
+        answers = self.told.setdefault(what, [])
+
+        class Kept:
+            sigma = noise.sigma
+
+            def __call__(self, counts: np.ndarray) -> np.ndarray:
+                answers.append(noise(counts))
+                return answers[-1].copy()
+
+        return Kept()
+
+
+def coder_of(codec: Codec) -> NumericCoder:
+    (coder,) = codec.coders
+    assert isinstance(coder, NumericCoder)
+    return coder
+
+
+def free_cells(coder: NumericCoder) -> np.ndarray:
+    """How many cells of each leaf are no heaps, by looking at each heap."""
+    grid = Grid.of(coder.column)
+    size = np.diff(np.append(coder.starts, grid.cells))
+    for heap in coder.heaps if grid.exact else ():
+        size[np.flatnonzero(coder.starts <= heap)[-1]] -= 1
+    return size
+
+
+@pytest.mark.parametrize("heaps", [HEAPS, 0])
+@pytest.mark.parametrize("name", MEASURED)
+def test_without_noise_masses_are_the_shares_of_the_rows(name: str, heaps: int) -> None:
+    table = table_of(COLUMNS[name], 3000, 7)
+    coder = coder_of(fit(table, heaps=heaps))
+    grid = Grid.of(coder.column)
+    numbers = table.frame[name].dropna().to_numpy(float)
+    numbers = numbers[~np.isin(grid.spot(numbers), coder.heaps)]
+    leaf = np.searchsorted(coder.starts, grid.cell(numbers), side="right") - 1
+    exact = np.bincount(leaf, minlength=len(coder.starts)) / len(table)
+    assert len(coder.starts) > BINS
+    np.testing.assert_allclose(coder.mass, exact, atol=1e-9)
+
+
+@pytest.mark.parametrize("heaps", [HEAPS, 0])
+@pytest.mark.parametrize("mu", [3.0, 0.3, 0.01])
+@pytest.mark.parametrize("name", MEASURED)
+def test_masses_add_up_to_what_heaps_and_missing_rows_leave(
+    name: str, mu: float, heaps: int
+) -> None:
+    """By their noisy counts, which are in the first answer of all; one row at least."""
+    column, rows = COLUMNS[name], 3000
+    table = table_of(column, rows, 7)
+    asked = Codec.questions(table.schema, BINS, heaps)
+    measurer = Overheard(mu, sum(parts for _, parts in asked))
+    coder = coder_of(Codec.fit(table, measurer, rows=rows, bins=BINS, heaps=heaps))
+    first = measurer.told[asked[0][0]][0]
+    gone = first[coder.heaps].sum() + column.nullable * max(first[-1], 0)
+    assert coder.mass.sum() * rows == pytest.approx(max(rows - gone, 1), rel=1e-9)
+    assert (coder.mass >= 0).all()
+    assert (coder.mass[free_cells(coder) == 0] == 0).all()
+
+
+@pytest.mark.parametrize("heaps", [HEAPS, 0])
+@pytest.mark.parametrize("mu", [3.0, 0.5])
+@pytest.mark.parametrize("name", ["age", "count", "cents", "ratio"])
+def test_a_column_of_missing_rows_keeps_its_shape(name: str, mu: float, heaps: int) -> None:
+    """Nine rows in ten are missing, the others in the lowest sixteenth: were the missing ones
+    shared out among the cells, ten times as many rows would lie above."""
+    column, rng, rows = COLUMNS[name], np.random.default_rng(0), 20_000
+    assert column.lower is not None and column.upper is not None
+    values = column.lower + (column.upper - column.lower) / 16 * rng.random(rows)
+    values = np.where(rng.random(rows) < 0.9, np.nan, values)
+    steps = {"age": 0, "count": 0, "cents": 2}
+    table = filled(column, np.round(values, steps[name]) if name in steps else values)
+    coder = coder_of(fit(table, mu, heaps=heaps))
+    held = coder.mass.sum()
+    assert held == pytest.approx(0.1, abs=0.01)
+    above = coder.starts >= Grid.of(column).cells / 8
+    assert coder.mass[above].sum() < 0.1 * held
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.tuples(st.floats(0, 100), st.integers(0, 3)), min_size=1, max_size=20),
+    st.sampled_from([0.0, 0.1, 3.0, 40.0, 1e6]),
+)
+def test_shrinking_is_positive_part_james_stein(
+    leaves: list[tuple[float, int]], sigma: float
+) -> None:
+    mass, group = np.array([m for m, _ in leaves]), np.array([g for _, g in leaves])
+    group = np.unique(group, return_inverse=True)[1]
+    found = _shrink(mass, group, sigma)
+    for number in range(group.max() + 1):
+        own = mass[group == number]
+        mean = own.sum() / len(own)
+        spread = sum((m - mean) ** 2 for m in own)
+        noise = (len(own) - 1) * sigma**2
+        kept = 1 - noise / spread if spread > noise else 0.0
+        np.testing.assert_allclose(found[group == number], mean + kept * (own - mean), atol=1e-9)
+        assert found[group == number].sum() == pytest.approx(own.sum())
+    assert (found >= 0).all()
+    if sigma == 0:
+        np.testing.assert_allclose(found, mass, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_shrinking_moves_no_mass_between_bins_or_widths(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leaves of one bin and of equally many cells share; no others."""
+    table = table_of(COLUMNS[name], 3000, 7)
+    after = coder_of(fit(table, 0.5))
+    monkeypatch.setattr(codec_module, "_shrink", lambda mass, group, sigma: mass)
+    before = coder_of(fit(table, 0.5))
+    np.testing.assert_array_equal(before.leaf_bin, after.leaf_bin)
+    keys = list(zip(before.leaf_bin, free_cells(before), strict=True))
+    assert not np.allclose(before.mass, after.mass, atol=1e-6)
+    for key in set(keys):
+        own = [place for place, other in enumerate(keys) if other == key]
+        assert after.mass[own].sum() == pytest.approx(before.mass[own].sum(), abs=1e-12)
+
+
+@given(
+    st.lists(
+        st.lists(st.floats(-1e4, 1e4) | st.just(-math.inf), min_size=3, max_size=3), min_size=1
+    ),
+    st.floats(1, 1e4),
+)
+def test_children_share_what_their_node_has(counts: list[list[float]], total: float) -> None:
+    """Row by row the nearest point of the simplex, without those that may have nothing."""
+    table = np.array(counts)
+    table[:, 0] = np.maximum(table[:, 0], -1e4)
+    totals = total * np.arange(1, len(table) + 1)
+    found = _onto_simplex(table, totals)
+    assert (found >= 0).all()
+    np.testing.assert_allclose(found.sum(axis=1), totals)
+    for row, whole, shared in zip(table, totals, found, strict=True):
+        some = np.isfinite(row)
+        assert (shared[~some] == 0).all()
+        np.testing.assert_allclose(shared[some], by_bisection(row[some], whole), atol=1e-6)
+
+
+def test_a_leaf_that_is_all_heap_has_no_mass() -> None:
+    """A spike among crowded values: the tree reaches single cells, the spike's own too."""
+    values = np.r_[np.tile(np.arange(4000, 4016), 500), np.full(4000, 4007)]
+    for seed in range(5):
+        coder = coder_of(fit(filled(SHORT, values), 0.2, seed=seed))
+        assert coder.heaps.tolist() == [4007]
+        assert 4007 in coder.starts
+        assert coder.mass[coder.starts == 4007] == 0
+
+
+@pytest.mark.parametrize(("mu", "deeper"), [(0.002, False), (2.0, True)])
+def test_a_tree_is_grown_only_as_far_as_mass_is_clear_of_the_noise(mu: float, deeper: bool) -> None:
+    coder = coder_of(fit(filled(SHORT, smooth("bell", 10_000)), mu))
+    assert (len(coder.starts) > math.ceil(10_000 / 16**3)) == deeper
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_adult_keeps_its_one_way_shares_at_epsilon_one(seed: int) -> None:
+    """A twentieth of the squared budget of ε=1, encoded and decoded."""
+    adult, mu = datasets.load("adult"), gaussian_mu(1.0, 1e-5) * math.sqrt(0.05)
+    codec = fit(adult, mu, seed=seed, bins=20, heaps=16)
+    made = codec.decode(codec.encode(adult), np.random.default_rng(seed))
+    coder = Coder.fit(adult)
+    gaps = []
+    for before, after, levels in zip(
+        coder.codes(adult).T, coder.codes(made).T, coder.levels, strict=True
+    ):
+        counts = [np.bincount(codes, minlength=levels) for codes in (before, after)]
+        gaps.append(np.abs(counts[0] - counts[1]).sum() / 2 / len(adult))
+    assert np.mean(gaps) < 0.004
+    assert max(gaps) < 0.04
+
+
+@pytest.mark.parametrize(("upper", "most"), [(999, 0.025), (999_999, 0.004), (10**9, 0.004)])
+def test_noise_does_not_fill_empty_stretches(upper: int, most: float) -> None:
+    """Rows fill the lowest 64th of the range. Were noise cut at 0 and left at that, a short grid
+    would have 4 % of them above, and a long one 1 %."""
+    column = Column("x", "integer", lower=0, upper=upper)
+    rng, above = np.random.default_rng(0), []
+    table = filled(column, np.floor(rng.random(20_000) * (upper + 1) / 64))
+    for seed in range(5):
+        codec = fit(table, 0.06, seed=seed, bins=20, heaps=16)
+        made = codec.decode(codec.encode(table), rng).frame["x"]
+        above.append((made > upper / 16).mean())
+    assert np.mean(above) < most
+
+
 # What may depend on rows
 
 
@@ -480,13 +687,13 @@ class Watching:
 
     def __init__(self, sigma: float, seed: int = 0, scale: float = 60.0) -> None:
         self.sigma = sigma
-        self.asked: list[tuple[str, int]] = []
+        self.asked: list[tuple[str, int, int]] = []
         self.shown: list[list[np.ndarray]] = []
         self._rng = np.random.default_rng(seed)
         self._scale = scale
 
-    def histograms(self, what: str, queries: int) -> "Watching":
-        self.asked.append((what, queries))
+    def histograms(self, what: str, queries: int, parts: int = 1) -> "Watching":
+        self.asked.append((what, queries, parts))
         self.shown.append([])
         return self
 
@@ -496,7 +703,7 @@ class Watching:
         return self._rng.exponential(self._scale, counts.shape)
 
 
-MIXED = Schema((COUNT, PRICE, RATIO, CENTS, LONG, KIND, SIZE, DIRECT), target="size")
+MIXED = Schema((COUNT, PRICE, AGE, RATIO, CENTS, LONG, KIND, SIZE, DIRECT), target="size")
 
 
 def mixed(rows: int, seed: int) -> Table:
@@ -516,17 +723,29 @@ def test_the_codec_is_made_of_noisy_answers_and_nothing_else(sigma: float, scale
     assert found[0] == found[1]
 
 
-def test_the_questions_are_public_and_as_many_as_planned() -> None:
-    """Two a measured column at most; the ledger's events are named by the schema alone."""
-    columns = Codec.measured_columns(MIXED, BINS, HEAPS)
-    assert [c.name for c in columns] == ["count", "price", "ratio", "cents", "long"]
-    expected = [f"{part}:{c.name}" for c in columns for part in ("heaps", "bins")]
+@pytest.mark.parametrize("heaps", [HEAPS, 0])
+def test_the_questions_are_public_and_as_many_as_planned(heaps: int) -> None:
+    """The ledger's events and what each has of the budget follow from the schema alone."""
+    cells, exact, spots = [("cells", 1)], [("heaps", 2), ("bins", 1)], [("heaps", 1), ("bins", 2)]
+    kinds = {"count": exact, "price": exact, "age": cells, "ratio": spots, "cents": spots}
+    kinds |= {"long": spots} if heaps else {"long": spots, "direct": cells}
+    planned = [
+        (f"{kind}:{name}", parts)
+        for name, questions in kinds.items()
+        for kind, parts in questions
+        if heaps or kind != "heaps"
+    ]
+    measured = [column.name for column in Codec.measured_columns(MIXED, BINS, heaps)]
+    assert measured == list(kinds)
+    assert Codec.questions(MIXED, BINS, heaps) == planned
+    total = sum(parts for _, parts in planned)
     for rows, seed, mu in ((300, 0, 1.0), (20, 1, 0.02)):
         ledger = Ledger(1e-5)
-        noisy = Measurer(ledger, mu, 2 * len(columns), np.random.default_rng(seed))
-        Codec.fit(mixed(rows, seed), noisy, rows=300, bins=BINS, heaps=HEAPS)
-        assert [event.what for event in ledger.events] == expected
-        assert sum(event.sigma**-2 for event in ledger.events) <= mu**2
+        noisy = Measurer(ledger, mu, total, np.random.default_rng(seed))
+        Codec.fit(mixed(rows, seed), noisy, rows=300, bins=BINS, heaps=heaps)
+        assert [event.what for event in ledger.events] == [what for what, _ in planned]
+        shares = [(event.sigma * mu) ** -2 for event in ledger.events]
+        np.testing.assert_allclose(shares, [parts / total for _, parts in planned])
 
 
 def test_marginals_are_made_of_noisy_answers_and_nothing_else() -> None:
@@ -551,7 +770,7 @@ def neighbours(rows: int, seed: int) -> tuple[Table, Table]:
 def assert_within_sensitivity(first: Watching, second: Watching) -> None:
     """One row more moves each histogram by at most one, so all of a part by √queries."""
     assert first.asked == second.asked
-    for (_, queries), left, right in zip(first.asked, first.shown, second.shown, strict=True):
+    for (_, queries, _), left, right in zip(first.asked, first.shown, second.shown, strict=True):
         assert len(left) == len(right) <= queries
         moves = [np.abs(a - b) for a, b in zip(left, right, strict=True)]
         assert all(move.sum() <= 1 for move in moves)
@@ -573,7 +792,7 @@ def test_one_row_moves_what_is_counted_by_the_stated_sensitivity(seed: int) -> N
     assert_within_sensitivity(*sides)
     # One table for every column but the target, named for the ledger.
     asked = [f"marginal:{name}" for name in MIXED.names if name != MIXED.target]
-    assert [what for what, _ in sides[0].asked] == asked
+    assert [what for what, _, _ in sides[0].asked] == asked
 
 
 @pytest.mark.parametrize("name", COLUMNS)
@@ -606,7 +825,7 @@ def test_a_level_lies_where_it_is_encoded(name: str, mu: float) -> None:
 
 def measured(codes: Any, layout: Layout, used: Any = None, mu: float = FREE, seed: int = 0):
     mask = torch.ones(layout.width, dtype=torch.bool) if used is None else torch.tensor(used)
-    source = measurer(mu, Marginals.tables(layout), seed)
+    source = measurer(mu, Marginals.asked(layout), seed)
     names = [f"x{j}" for j in range(layout.columns)]
     return Marginals.measure(torch.as_tensor(codes), layout, mask, source, names)
 
@@ -640,7 +859,7 @@ def test_a_single_column_is_its_own_marginal(target: int | None) -> None:
     layout = Layout((4,), target)
     codes = np.repeat([0, 1, 3], [5, 3, 2])[:, None]
     found = measured(codes, layout)
-    assert Marginals.tables(layout) == 1
+    assert Marginals.asked(layout) == 1
     np.testing.assert_allclose(found.one_way(), [0.5, 0.3, 0, 0.2], atol=1e-12)
     assert found.prior.shape == (layout.groups,)
 
@@ -710,7 +929,7 @@ def test_noise_of_marginals_is_unbiased_and_shrinks_with_the_budget() -> None:
     st.floats(1, 1e4),
 )
 def test_projection_is_the_nearest_distribution(counts: list[float], total: float) -> None:
-    found = _onto_simplex(np.array(counts), total)
+    found = onto_simplex(np.array(counts), total)
     assert (found >= 0).all()
     np.testing.assert_allclose(found * total, by_bisection(np.array(counts), total), atol=1e-6)
     assert found.sum() == pytest.approx(1, abs=1e-9)
