@@ -13,7 +13,22 @@ from torch import Tensor
 from dpsynth.codec import Layout
 from dpsynth.privacy.mechanisms import Measurer
 
-__all__ = ["Marginals"]
+__all__ = ["Marginals", "NoisyTable", "onto_simplex"]
+
+
+@dataclass(frozen=True, eq=False)
+class NoisyTable:
+    """Counts of rows by the levels of some columns, as they were published.
+
+    Attributes:
+        columns: Positions, in the order of the axes; the target is the first of several.
+        counts: One entry a cell, negative ones too.
+        sigma: Standard deviation of the noise in each.
+    """
+
+    columns: tuple[int, ...]
+    counts: np.ndarray
+    sigma: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,15 +41,19 @@ class Marginals:
             target's own block is `prior` in every row.
         values: Where each level lies in its column's order, NaN where it has no place (W,).
         noise: Standard deviation of the noise in a cell of a table, as a share of all rows.
+        rows: Noisy number of rows.
+        tables: What `prior` and `given` were made of.
     """
 
     prior: Tensor
     given: Tensor
     values: Tensor
     noise: float
+    rows: float = 1.0
+    tables: tuple[NoisyTable, ...] = ()
 
     @staticmethod
-    def tables(layout: Layout) -> int:
+    def asked(layout: Layout) -> int:
         """Number of tables measured, the `parts` of the measurer."""
         return layout.columns if layout.target is None else max(1, layout.columns - 1)
 
@@ -54,7 +73,7 @@ class Marginals:
             codes: Private encoded rows (rows, columns), or pieces of them.
             layout: Public shape.
             used: Levels that can occur (W,); the others get no mass.
-            measurer: Pays for each table (its `parts` are `tables(layout)`).
+            measurer: Pays for each table (its `parts` are `asked(layout)`).
             names: Columns, for the ledger.
             values: Where each level lies in its column's order (W,); by default nowhere.
         """
@@ -69,7 +88,8 @@ class Marginals:
             exact = np.sum([_joint(piece, layout, j) for piece in pieces], axis=0)
             counts[j], sigma = noise(exact).reshape(layout.groups, levels), noise.sigma
         total, prior, given = cls._consistent(counts, layout, used.numpy())
-        return cls(prior, given, values, sigma / total)
+        tables = tuple(_published(layout, j, table, sigma) for j, table in counts.items())
+        return cls(prior, given, values, sigma / total, total, tables)
 
     @classmethod
     def _consistent(
@@ -84,7 +104,7 @@ class Marginals:
         occurs = np.ones(1, dtype=bool) if layout.target is None else masks[layout.target]
         prior = np.zeros(layout.groups)
         whole = max(float(totals[occurs].sum()), 1.0)
-        prior[occurs] = _onto_simplex(totals[occurs], whole)
+        prior[occurs] = onto_simplex(totals[occurs], whole)
         blocks = []
         for j, levels in enumerate(layout.levels):
             block = np.zeros((layout.groups, levels))
@@ -92,7 +112,7 @@ class Marginals:
                 block[:] = prior
             else:
                 for g in range(layout.groups):
-                    block[g, masks[j]] = _onto_simplex(counts[j][g, masks[j]], max(totals[g], 1.0))
+                    block[g, masks[j]] = onto_simplex(counts[j][g, masks[j]], max(totals[g], 1.0))
             blocks.append(block)
         return whole, torch.from_numpy(prior), torch.from_numpy(np.concatenate(blocks, axis=1))
 
@@ -107,6 +127,14 @@ class Marginals:
         return mixed.clamp_min(floor).log()
 
 
+def _published(layout: Layout, column: int, counts: np.ndarray, sigma: float) -> NoisyTable:
+    """A table by its columns; without a target, or of the target alone, it has one axis."""
+    if layout.target is None or column == layout.target:
+        whole = counts.sum(0) if layout.target is None else np.diag(counts)
+        return NoisyTable((column,), whole, sigma)
+    return NoisyTable((layout.target, column), counts, sigma)
+
+
 def _joint(codes: Tensor, layout: Layout, column: int) -> np.ndarray:
     """How many rows have each target level and each level of a column, flat."""
     levels = layout.levels[column]
@@ -114,7 +142,7 @@ def _joint(codes: Tensor, layout: Layout, column: int) -> np.ndarray:
     return np.bincount(cell.numpy(), minlength=layout.groups * levels).astype(float)
 
 
-def _onto_simplex(counts: np.ndarray, total: float) -> np.ndarray:
+def onto_simplex(counts: np.ndarray, total: float) -> np.ndarray:
     """Nearest point with sum `total` and no negative entry, as shares of it.
 
     Subtracting one constant and cutting at 0 removes the upward bias that cutting alone gives

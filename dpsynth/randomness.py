@@ -257,7 +257,7 @@ class FleetRng:
         if self._generators:
             draws = [self._on_device(torch.randn, shape, g, dtype) for g in self._generators]
             return torch.stack(draws)
-        drawn = np.empty((self.runs, *shape))
+        drawn = self._empty(shape, np.float64)
         _fill_normals(self._streams, drawn.reshape(self.runs, math.prod(shape)))
         return torch.from_numpy(drawn).to(self.device, dtype)
 
@@ -268,10 +268,15 @@ class FleetRng:
             draws = [self._on_device(torch.rand, shape, g, dtype) for g in self._generators]
             return torch.stack(draws)
         kind = _kind(dtype)
-        drawn = np.empty((self.runs, *shape), kind)
+        drawn = self._empty(shape, kind)
         for run, opened in enumerate(self._streams):
             opened.random(shape, kind, drawn[run, ...])
         return torch.from_numpy(drawn).to(self.device, dtype)
+
+    def _empty(self, shape: Sequence[int], kind: _Kind) -> np.ndarray:
+        if not self._streams:
+            raise UsageError("draws: no stream is open; call at() first")
+        return np.empty((self.runs, *shape), kind)
 
     def gumbel(self, *shape: int) -> Tensor:
         """Standard Gumbel draws (runs, *shape)."""

@@ -11,7 +11,7 @@ from scipy import stats
 
 from dpsynth.checks import UsageError
 from dpsynth.privacy.ledger import Ledger
-from dpsynth.privacy.mechanisms import HistogramNoise, Measurer
+from dpsynth.privacy.mechanisms import HistogramNoise, Measurer, Purse
 from dpsynth.randomness import secure_stream, stream
 
 MOST = 2**42 - 1
@@ -79,3 +79,100 @@ def test_counts_that_are_none_are_refused_without_saying_what_they_were(
 def test_noise_too_wide_to_be_added_exactly_is_refused(sigma: float) -> None:
     with pytest.raises(UsageError, match=r"sigma=.*cannot be added exactly"):
         HistogramNoise(sigma, stream(0, "x"), 1)
+
+
+# Several parts of a budget
+
+
+def measurer_of(mu: float, parts: int = 1) -> tuple[Ledger, Measurer]:
+    ledger = Ledger(1e-5)
+    return ledger, Measurer(ledger, mu, parts, stream(0, "x"))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_several_parts_are_one_event_of_their_squared_sum(parts: int, queries: int) -> None:
+    """μ_i² = μ²·parts/total, and σ of a count √queries/μ_i."""
+    ledger, measurer = measurer_of(2.0, 7)
+    noise = measurer.histograms("x", queries, parts)
+    (event,) = ledger.events
+    assert event.sigma == pytest.approx(1 / (2 * math.sqrt(parts / 7)))
+    assert noise.sigma == pytest.approx(math.sqrt(queries) * event.sigma)
+    rest = measurer.histograms("rest", 1, 7 - parts)
+    assert 1 / event.sigma**2 + 1 / rest.sigma**2 == pytest.approx(4.0)
+    with pytest.raises(UsageError, match=r"more: parts=7 of the budget are spent already"):
+        measurer.histograms("more", 1)
+
+
+def test_parts_that_are_none_or_too_many_are_refused_and_cost_nothing() -> None:
+    ledger, measurer = measurer_of(1.0, 3)
+    for parts, part in ((0, "parts=0"), (-1, "parts=-1"), (1.5, "parts=1.5"), (4, "parts=3")):
+        with pytest.raises(UsageError, match=part):
+            measurer.histograms("x", 1, parts)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="queries=0"):
+        measurer.histograms("x", 0)
+    assert not ledger.events
+    measurer.histograms("x", 1, 3)
+
+
+# A purse
+
+
+def test_a_purse_is_paid_as_one_event_and_spent_without_another() -> None:
+    ledger, measurer = measurer_of(0.5, 3)
+    measurer.histograms("first", 1)
+    purse = measurer.purse("tables")
+    assert isinstance(purse, Purse)
+    assert [event.what for event in ledger.events] == ["first", "tables"]
+    assert ledger.events[1].sigma == pytest.approx(1 / (0.5 * math.sqrt(2 / 3)))
+    sigma = ledger.events[1].sigma
+    assert purse.histograms(0.25).sigma == pytest.approx(2 * sigma)
+    assert purse.histograms(0.5, 8).sigma == pytest.approx(4 * sigma)
+    assert len(ledger.events) == 2
+    assert purse.left == pytest.approx(0.25)
+    for again in (measurer.purse, lambda what: measurer.histograms(what, 1)):
+        with pytest.raises(UsageError, match="more: parts=3 of the budget are spent already"):
+            again("more")
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, math.nan, math.inf])
+@pytest.mark.parametrize("mu", [1.0, math.inf])
+def test_a_share_that_is_none_is_refused(share: float, mu: float) -> None:
+    purse = measurer_of(mu)[1].purse("tables")
+    with pytest.raises(UsageError, match="share="):
+        purse.histograms(share)
+    assert purse.left == 1.0
+
+
+@pytest.mark.parametrize("mu", [1.0, math.inf])
+def test_an_empty_purse_pays_nothing_however_small(mu: float) -> None:
+    purse = measurer_of(mu)[1].purse("tables")
+    with pytest.raises(UsageError, match=r"tables: share=1\.5 is more than 1, the rest"):
+        purse.histograms(1.5)
+    with pytest.raises(UsageError, match="queries=0"):
+        purse.histograms(0.5, 0)
+    purse.histograms(1.0)
+    for share in (1e-3, 1e-9, 1e-12, 1e-300):
+        with pytest.raises(UsageError, match=r"is more than 0, the rest"):
+            purse.histograms(share)
+
+
+def test_a_purse_without_budget_is_refused() -> None:
+    with pytest.raises(UsageError, match="tables: has no budget"):
+        measurer_of(0.0)[1].purse("tables")
+
+
+def test_a_purse_without_noise_adds_none() -> None:
+    ledger, measurer = measurer_of(math.inf)
+    purse = measurer.purse("tables")
+    assert purse.sigma(0.1, 5) == 0
+    np.testing.assert_array_equal(purse.histograms(0.1, 2)(np.array([3.0, 4.0])), [3, 4])
+    assert [event.mechanism for event in ledger.events] == ["none"]
+
+
+def test_one_noise_is_for_as_many_histograms_as_were_paid() -> None:
+    noise = measurer_of(1.0)[1].purse("tables").histograms(0.5, 2)
+    noise(np.zeros(3))
+    noise(np.zeros(4))
+    with pytest.raises(UsageError, match="queries=2 of this noise are used up"):
+        noise(np.zeros(3))

@@ -18,7 +18,7 @@ from dpsynth.privacy.ledger import Ledger
 
 __all__ = ["SECURE_NOISE", "NoPrivacy", "PrivacyPlan", "check_shares", "gaussian_mu"]
 
-STAGES = ("rows", "codec", "marginals")
+STAGES = ("rows", "codec", "marginals", "tables")
 SECURE_NOISE = "aes256-ctr:system"
 
 
@@ -31,7 +31,8 @@ class PrivacyPlan:
             and noise off and changes nothing else.
         delta: Target δ.
         shares: Fraction of the squared Gaussian budget μ² of each measuring stage (`rows`,
-            `codec`, `marginals`); DP-SGD gets the rest. What is divided is what `spent` leaves.
+            `codec`, `marginals`, `tables`); DP-SGD gets the rest. What is divided is what
+            `spent` leaves.
         batch: Expected records a step.
         steps: Number of DP-SGD steps T; 0 for a generator that is measured, not trained.
         clip: L2 bound C on one record's contribution to one step.

@@ -1,0 +1,143 @@
+"""Chosen tables: which label × two-way tables a model still gets wrong, asked in rounds, and the
+mixture that agrees with all of them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dpsynth.codec import Layout
+from dpsynth.marginals import NoisyTable
+from dpsynth.mixture import Effort, Mixture, anchored, fit_mixture
+from dpsynth.survey import Survey
+
+__all__ = ["Choice", "choose_tables"]
+
+# Part of a round that its scores are paid from.
+_SCORES = 0.05
+# A table is worth asking for where it is wrong by more than this part of what noise would do to it.
+_WORTH = 0.3
+# Fit between rounds.
+_BETWEEN = Effort(1, 128, 150)
+# E|N(0, σ²)| / σ.
+_MEAN = math.sqrt(2 / math.pi)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How tables are chosen, settled before any is seen.
+
+    Attributes:
+        tables: How many are asked for, all rounds together.
+        rounds: Each scores all candidates against the model of the last one.
+        effort: Of the last fit.
+    """
+
+    tables: int
+    rounds: int
+    effort: Effort
+
+    def within(self, most: int) -> Choice:
+        """The same with at most so many components."""
+        return replace(self, effort=self.effort.within(most))
+
+    @classmethod
+    def planned(cls, layout: Layout, mu: float, rows: int) -> Choice:
+        """What suits a budget μ for `rows` rows; public.
+
+        The signal is what a count has against its noise when all candidates are asked: the mean
+        number of rows a cell over σ = √candidates/μ. At 1 half of the candidates are best, in two
+        rounds; more of them, in one round, and longer fits, the larger it is. Constants are those
+        of docs/design/quality-marginals.md.
+        """
+        asked = candidates(layout)
+        if not asked:
+            return cls(0, 1, Effort(1, 128, 150))
+        cells = float(np.mean([_cells(layout, columns) for columns in asked]))
+        signal = min(mu, 1e6) * rows / (math.sqrt(len(asked)) * cells)
+        share = min(1.0, 0.5 * signal**0.35)
+        effort = Effort(4, 128, 300)
+        if signal > 2.5:
+            effort = Effort(2, 256, 600)
+        if signal > 6:
+            effort = Effort(1, 512, 800)
+        number = max(1, round(share * len(asked)))
+        return cls(number, 1 if number in (1, len(asked)) else 2, effort)
+
+
+def candidates(layout: Layout) -> list[tuple[int, ...]]:
+    """Label × two-way tables where the target has few levels, else two-way ones."""
+    if anchored(layout):
+        assert layout.target is not None
+        others = [j for j in range(layout.columns) if j != layout.target]
+        return [(layout.target, i, j) for i, j in itertools.combinations(others, 2)]
+    pairs = itertools.combinations(range(layout.columns), 2)
+    # Pairs with the target are measured before.
+    return [pair for pair in pairs if layout.target not in pair]
+
+
+def _cells(layout: Layout, columns: Sequence[int]) -> int:
+    return math.prod(layout.levels[c] for c in columns)
+
+
+def choose_tables(survey: Survey, choice: Choice, *, device: str = "cpu") -> Mixture:
+    """Ask for the tables that are worth most, and fit a mixture to them and the ones before.
+
+    Args:
+        survey: Answers from its whole purse.
+        choice: How many and how.
+        device: Where fits are computed.
+    """
+    layout, marginals = survey.layout, survey.marginals
+    held: list[NoisyTable] = list(marginals.tables)
+    left = candidates(layout)
+    tables = min(choice.tables, len(left))
+    rounds = min(choice.rounds, tables)
+    if not tables:
+        return fit_mixture(held, marginals, layout, survey.used, choice.effort, device=device)
+    model = Mixture.naive_bayes(marginals, layout)
+    for turn in range(rounds):
+        share = survey.purse.left / (rounds - turn)
+        wanted = _turn(tables, rounds, turn)
+        expected = {columns: marginals.rows * model.table(columns, layout) for columns in left}
+        if wanted < len(left):
+            scores = survey.distances(expected, share * _SCORES)
+            share *= 1 - _SCORES
+            sigma = survey.purse.sigma(share / wanted)
+            worth = [
+                score - _WORTH * _blurred(expected[columns], sigma)
+                for columns, score in zip(left, scores, strict=True)
+            ]
+            taken = [left[place] for place in np.argsort(worth)[::-1][:wanted]]
+        else:
+            taken = left
+        shares = _shares([expected[columns] for columns in taken], survey, share)
+        held += survey.tables(taken, shares)
+        left = [columns for columns in left if columns not in taken]
+        last = turn == rounds - 1
+        effort = choice.effort if last else _BETWEEN.within(choice.effort.components)
+        model = fit_mixture(held, marginals, layout, survey.used, effort, device=device)
+    return model
+
+
+def _turn(tables: int, rounds: int, turn: int) -> int:
+    """Tables of one round."""
+    return tables * (turn + 1) // rounds - tables * turn // rounds
+
+
+def _blurred(expected: np.ndarray, sigma: float) -> float:
+    """Σ over cells of what noise can move: σ·E|N(0, 1)|, but no more rows than a cell has."""
+    return float(np.minimum(_MEAN * sigma, expected).sum())
+
+
+def _shares(expected: Sequence[np.ndarray], survey: Survey, share: float) -> list[float]:
+    """Parts of the purse for each table, adding up to `share`: with error N_t ∝ σ_t in each,
+    ΣN_t is least where 1/σ_t² ∝ N_t^(2/3)."""
+    sigma = survey.purse.sigma(share / len(expected))
+    size = np.array([max(_blurred(table, sigma), 1.0) for table in expected]) ** (2 / 3)
+    # Together a little less, so that rounding never asks for more than is there.
+    return (size / size.sum() * share * (1 - 1e-9)).tolist()

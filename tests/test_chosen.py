@@ -1,0 +1,314 @@
+"""Chosen tables: what is asked follows from noisy answers, and goes where the structure is."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_survey import FREE, Counting, counted, survey_of
+from torch import Tensor
+
+from dpsynth.chosen import Choice, candidates, choose_tables
+from dpsynth.codec import Codec, Layout
+from dpsynth.datasets import simulated
+from dpsynth.marginals import Marginals, NoisyTable
+from dpsynth.mixture import Effort, Mixture
+from dpsynth.models import Vae
+from dpsynth.privacy.ledger import Ledger
+from dpsynth.privacy.mechanisms import HistogramNoise, Measurer
+from dpsynth.privacy.plan import PrivacyPlan
+from dpsynth.randomness import stream
+from dpsynth.survey import Survey
+
+QUICK = Effort(1, 16, 40)
+LAYOUT = Layout((3, 4, 2, 5), target=2)
+MANY = Layout((3, 10, 4, 2), target=1)
+NO_TARGET = Layout((3, 4, 2, 5), target=None)
+
+
+# What may be asked, and how much of it
+
+
+@pytest.mark.parametrize(
+    ("layout", "due"),
+    [
+        (LAYOUT, [(2, 0, 1), (2, 0, 3), (2, 1, 3)]),
+        (NO_TARGET, list(itertools.combinations(range(4), 2))),
+        (MANY, [(0, 2), (0, 3), (2, 3)]),
+        (Layout((3, 9, 4), target=2), [(2, 0, 1)]),
+        (Layout((3, 2), target=1), []),
+        (Layout((3,), target=0), []),
+        (Layout((3,), target=None), []),
+    ],
+)
+def test_candidates_are_pairs_with_the_label_where_it_has_few_levels(
+    layout: Layout, due: list[tuple[int, ...]]
+) -> None:
+    assert candidates(layout) == due
+
+
+ADULT = Layout((20, 9, 16, 7, 14, 6, 5, 2, 20, 20, 20, 42, 36, 2), target=13)
+
+
+@settings(max_examples=100)
+@given(st.floats(1e-3, 100), st.floats(1e-3, 100), st.integers(100, 10**7))
+def test_a_larger_signal_asks_for_more_tables_in_fewer_rounds_and_fits_longer(
+    first: float, second: float, rows: int
+) -> None:
+    low, high = (Choice.planned(ADULT, mu, rows) for mu in sorted((first, second)))
+    assert 1 <= low.tables <= high.tables <= len(candidates(ADULT))
+    assert low.rounds >= high.rounds >= 1 or low.tables == 1
+    sizes = [c.effort.components * c.effort.restarts * c.effort.steps for c in (low, high)]
+    assert sizes[0] <= sizes[1]
+    assert low.effort.components <= high.effort.components <= 512
+    for choice in (low, high):
+        assert choice.effort.components * choice.effort.restarts <= 512
+        assert (choice.rounds == 1) == (choice.tables in (1, len(candidates(ADULT))))
+    # Rows count as a budget does: what matters is their product.
+    assert Choice.planned(ADULT, first, 2 * rows) == Choice.planned(ADULT, 2 * first, rows)
+
+
+def test_what_is_planned_reaches_from_one_table_to_all() -> None:
+    made = [Choice.planned(ADULT, mu, 30_000) for mu in (1e-6, 0.2, 1e3, FREE)]
+    assert made[0].tables == 1
+    assert 1 < made[1].tables < len(candidates(ADULT))
+    assert (made[2].tables, made[2].rounds) == (len(candidates(ADULT)), 1)
+    assert made[3] == made[2]
+    for layout in (Layout((3, 2), target=1), Layout((3,), target=None)):
+        assert Choice.planned(layout, 1.0, 1000).tables == 0
+
+
+# What is spent
+
+
+class Watched(Survey):
+    """Writes down the questions."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.asked: list[tuple[tuple[int, ...], float]] = []
+        self.scored: list[list[tuple[int, ...]]] = []
+
+    def tables(self, asked: Sequence[tuple[int, ...]], shares: Sequence[float]) -> list[NoisyTable]:
+        self.asked += zip(asked, shares, strict=True)
+        return super().tables(asked, shares)
+
+    def distances(self, expected: Any, share: float) -> list[float]:
+        self.scored.append(list(expected))
+        return super().distances(expected, share)
+
+
+def watched(codes: Tensor, layout: Layout, measurer: Measurer, mu: float = FREE) -> Watched:
+    plain = survey_of([codes], measurer.purse("tables"), layout)
+    marginals = plain.marginals
+    if mu != FREE:
+        noisy = Measurer(Ledger(1e-5), mu, Marginals.asked(layout), stream(1, "m"))
+        names = [f"c{j}" for j in range(layout.columns)]
+        marginals = Marginals.measure(codes, layout, plain.used, noisy, names)
+    return Watched([codes], layout, plain.used, marginals, plain.purse)
+
+
+def even(rows: int, layout: Layout, seed: int = 0) -> Tensor:
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(rng.integers(0, layout.levels, (rows, layout.columns)))
+
+
+WIDE = Layout((3, 2, 4, 2, 3, 2), target=1)
+
+
+@pytest.mark.parametrize(
+    ("layout", "tables", "rounds"),
+    [
+        (WIDE, 6, 2),
+        (WIDE, 5, 3),
+        (WIDE, 1, 2),
+        (WIDE, 1, 1),
+        (WIDE, 10, 1),
+        (WIDE, 10, 2),
+        (WIDE, 99, 3),
+        (NO_TARGET, 3, 2),
+        (MANY, 2, 2),
+        (LAYOUT, 3, 5),
+        (LAYOUT, 0, 1),
+        (Layout((3, 2), target=1), 4, 2),
+    ],
+)
+@pytest.mark.parametrize("mu", [0.3, FREE])
+def test_all_rounds_together_cost_what_was_paid_at_most(
+    layout: Layout, tables: int, rounds: int, mu: float
+) -> None:
+    """Σ queries/σ² ≤ μ², nearly all of it; each table is asked for once."""
+    measurer = Counting(Ledger(1e-5), mu, 1, stream(0, "x"))
+    survey = watched(even(600, layout), layout, measurer, mu)
+    mixture = choose_tables(survey, Choice(tables, rounds, QUICK))
+    assert len(mixture.weight) == 16
+    number = min(tables, len(candidates(layout)))
+    chosen = [columns for columns, _ in survey.asked]
+    assert len(chosen) == len(set(chosen)) == number
+    assert set(chosen) <= set(candidates(layout))
+    if not math.isinf(mu):
+        assert sum(paid**2 for paid in measurer.paid) <= mu**2 * (1 + 1e-12)
+    if number:
+        assert 0 <= survey.purse.left < 1e-6
+    # A round scores what is left, unless it asks for all of it.
+    assert len(survey.scored) <= min(rounds, number)
+    for earlier, later in itertools.pairwise(survey.scored):
+        assert set(later) < set(earlier)
+    assert bool(survey.scored) == (0 < number < len(candidates(layout)) or min(rounds, number) > 1)
+
+
+def test_a_small_table_under_a_small_budget_asks_for_one() -> None:
+    choice = Choice.planned(LAYOUT, 0.01, 300)
+    assert (choice.tables, choice.rounds) == (1, 1)
+    measurer = Measurer(Ledger(1e-5), 0.01, 1, stream(0, "x"))
+    choose_tables(watched(even(300, LAYOUT), LAYOUT, measurer, 0.01), Choice(1, 1, QUICK))
+
+
+def test_a_table_on_which_noise_moves_more_rows_has_less_of_it() -> None:
+    layout = Layout((2, 2, 30, 30, 2), target=0)
+    measurer = Measurer(Ledger(1e-5), 1.0, 1, stream(0, "x"))
+    survey = watched(even(2000, layout), layout, measurer, 1.0)
+    choose_tables(survey, Choice(6, 1, QUICK))
+    shares = dict(survey.asked)
+    assert shares[0, 2, 3] == max(shares.values())
+    assert shares[0, 1, 4] == min(shares.values())
+    assert shares[0, 2, 3] > 2 * shares[0, 1, 4]
+
+
+# What is chosen
+
+
+def encoded(name: str, rows: int, seed: int = 0) -> tuple[Tensor, Layout]:
+    """A simulated table by a codec without noise, with a few bins a number."""
+    table = simulated.draw(name, rows, np.random.default_rng(seed))
+    sizes = {"bins": 6, "heaps": 2}
+    asked = Codec.questions(table.schema, **sizes)
+    free = Measurer(Ledger(1e-5), FREE, sum(parts for _, parts in asked), stream(0, "c"))
+    codec = Codec.fit(table, free, rows=rows, **sizes)
+    return codec.encode(table), codec.layout
+
+
+def dependence(codes: Tensor, layout: Layout, columns: tuple[int, ...]) -> float:
+    """Of the last two columns on one another given the first, by counts, in nats."""
+    table = counted(codes, columns, layout) / len(codes)
+    total = 0.0
+    for part in table:
+        alone = np.outer(part.sum(1), part.sum(0)) / max(part.sum(), 1e-12)
+        inside = part > 0
+        total += float((part[inside] * np.log(part[inside] / alone[inside])).sum())
+    return total
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_tables_with_structure_are_asked_for_before_those_without(rounds: int) -> None:
+    codes, layout = encoded("scm", 8000)
+    codes = torch.cat([codes, even(8000, Layout((6, 5), None), seed=77)], dim=1)
+    layout = Layout((*layout.levels, 6, 5), layout.target)
+    noise = {layout.columns - 1, layout.columns - 2}
+    measurer = Measurer(Ledger(1e-5), 1.0, 1, stream(0, "x"))
+    survey = watched(codes, layout, measurer, 1.0)
+    choose_tables(survey, Choice(8, rounds, QUICK))
+    chosen = [columns for columns, _ in survey.asked]
+    assert not any(noise & set(columns) for columns in chosen)
+    # Of all others the strongest are among them.
+    strength = {c: dependence(codes, layout, c) for c in candidates(layout)}
+    strongest = sorted(strength, key=lambda c: -strength[c])
+    assert set(strongest[:4]) <= set(chosen)
+    rest = [strength[c] for c in candidates(layout) if c not in chosen]
+    assert np.mean([strength[c] for c in chosen]) > 4 * np.mean(rest)
+
+
+@pytest.mark.parametrize("mu", [0.5, 2.0, FREE])
+def test_a_fit_to_chosen_tables_is_nearer_to_the_truth_than_naive_bayes(mu: float) -> None:
+    """On all pairs of columns; and on those of other rows of the same law."""
+    both, layout = encoded("scm", 12_000)
+    codes, more = both[:6000], both[6000:]
+    measurer = Measurer(Ledger(1e-5), mu, 1, stream(0, "x"))
+    survey = watched(codes, layout, measurer, mu)
+    found = choose_tables(survey, Choice(12, 2, Effort(1, 64, 150)))
+    plain = Mixture.naive_bayes(survey.marginals, layout)
+    others = [j for j in range(layout.columns) if j != layout.target]
+    for part in (codes, more):
+        far = {"found": 0.0, "plain": 0.0}
+        for columns in itertools.combinations(others, 2):
+            law = counted(part, columns, layout) / len(part)
+            for kind, model in (("found", found), ("plain", plain)):
+                far[kind] += float(np.abs(model.table(columns, layout) - law).sum() / 2)
+        assert far["found"] < (0.8 if mu < 1 else 0.65) * far["plain"]
+
+
+# What may depend on rows
+
+
+class Fixed(Measurer):
+    """Answers whatever it likes, the same for all tables."""
+
+    def __init__(self, mu: float, seed: int = 0) -> None:
+        super().__init__(Ledger(1e-5), mu, 1, stream(seed, "fixed"))
+        self.rng = np.random.default_rng(seed)
+        self.spent: list[tuple[float, int]] = []
+
+    def answering(self, what: str, mu: float, queries: int) -> HistogramNoise:
+        self.spent.append((mu, queries))
+        return _Fixed(super().answering(what, mu, queries), self.rng)
+
+
+class _Fixed(HistogramNoise):
+    def __init__(self, noise: HistogramNoise, rng: np.random.Generator) -> None:
+        self.sigma, self._noise, self._drawn = noise.sigma, noise, rng
+
+    def __call__(self, counts: np.ndarray) -> np.ndarray:
+        self._noise(counts)  # refuses what is not counts, and too many of them
+        return self._drawn.exponential(40.0, counts.shape)
+
+
+@pytest.mark.parametrize("layout", [WIDE, MANY, NO_TARGET], ids=["few", "many", "none"])
+@pytest.mark.parametrize("seed", range(2))
+def test_what_is_asked_and_fitted_follows_from_noisy_answers_alone(
+    layout: Layout, seed: int
+) -> None:
+    """Two tables without a row in common, of other sizes: equal answers, equal questions."""
+    found = []
+    known = watched(even(500, layout, 9), layout, Measurer(Ledger(1e-5), FREE, 1, stream(0, "x")))
+    for rows, own in ((500, 1), (90, 2)):
+        measurer = Fixed(0.5, seed)
+        used, codes = known.used, even(rows, layout, own)
+        survey = Watched([codes], layout, used, known.marginals, measurer.purse("tables"))
+        number = len(candidates(layout)) // 2 + 1
+        mixture = choose_tables(survey, Choice(number, 2, QUICK))
+        found.append((survey.asked, survey.scored, measurer.spent, mixture))
+    assert found[0][:3] == found[1][:3]
+    assert torch.equal(found[0][3].levels, found[1][3].levels)
+    assert torch.equal(found[0][3].weight, found[1][3].weight)
+
+
+def test_other_answers_lead_to_other_questions() -> None:
+    """Else the law above would hold of anything."""
+    asked = []
+    for seed in range(2):
+        measurer = Fixed(0.5, seed)
+        survey = watched(even(300, WIDE), WIDE, measurer)
+        choose_tables(survey, Choice(4, 2, QUICK))
+        asked.append(survey.asked)
+    assert asked[0] != asked[1]
+
+
+# What families make of it
+
+
+def test_a_family_spends_its_whole_share_on_a_mixture_that_it_can_hold() -> None:
+    measurer = Measurer(Ledger(1e-5), 1.0, 1, stream(0, "x"))
+    survey = watched(even(900, LAYOUT), LAYOUT, measurer, 1.0)
+    shares = {"codec": 0.1, "marginals": 0.1, "tables": 0.5}
+    plan = PrivacyPlan(1.0, 1e-5, rows=900, batch=90, steps=3, shares=shares).calibrate()
+    found = Vae.survey(survey, plan, {}, "cpu")
+    assert isinstance(found, Mixture)
+    assert survey.purse.left < 1e-6
+    due = Choice.planned(LAYOUT, plan.mu("tables"), 900)
+    assert len(survey.asked) == due.tables
+    assert len(found.weight) == due.effort.restarts * due.effort.components
