@@ -24,7 +24,9 @@ __all__ = [
     "FleetRMSNorm",
     "Mlp",
     "column_log_likelihood",
+    "columns_at",
     "draw_level",
+    "evenly",
     "sample_columns",
 ]
 
@@ -267,9 +269,36 @@ def sample_columns(
 
     A level of probability 0 is never drawn.
     """
-    draws = rng.uniform(*logits.shape[1:-1], len(levels))
+    return columns_at(logits, levels, rng.uniform(*logits.shape[1:-1], len(levels)))
+
+
+def columns_at(
+    logits: Float[Tensor, "runs *rows width"],
+    levels: Sequence[int],
+    draws: Float[Tensor, "runs *rows columns"],
+) -> Int[Tensor, "runs *rows columns"]:
+    """The same from uniform draws, one a column."""
     blocks = logits.split(list(levels), dim=-1)
     return torch.stack([draw_level(b, draws[..., j]) for j, b in enumerate(blocks)], dim=-1)
+
+
+def evenly(
+    share: Float[Tensor, "runs levels"],
+    offset: Float[Tensor, " runs"],
+    order: Float[Tensor, "runs rows"],
+) -> Int[Tensor, "runs rows"]:
+    """Levels in these shares, each as often as it is due but for less than one row.
+
+    Args:
+        share: Of each level, adding up to 1.
+        offset: One uniform draw a run, which decides the roundings.
+        order: Uniform draws, which decide the order of rows.
+    """
+    rows = order.shape[-1]
+    ends = share.double().cumsum(-1)
+    points = (torch.arange(rows, device=share.device) + offset.double()[:, None]) / rows
+    drawn = torch.searchsorted(ends, points.clamp(max=1 - 1e-9) * ends[:, -1:], right=True)
+    return drawn.gather(-1, order.argsort(-1))
 
 
 def draw_level(

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fleets import make_fleet, random_codes, random_marginals
+from fleets import Start, make_fleet, random_codes, random_marginals
 from oracles import record_gradients, total_variation
+from scipy import stats
 from tiny import seat
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from dpsynth.checks import UsageError
 from dpsynth.codec import Layout
 from dpsynth.models import Autoregressive, autoregressive
 from dpsynth.models.additive import additive_logits
+from dpsynth.models.reconcile import corrected, evenly_within
 from dpsynth.privacy.plan import PrivacyPlan
 from dpsynth.randomness import FleetRng
 from dpsynth.training.recipe import Recipe, plan_of
@@ -38,6 +40,17 @@ def fleet(layout: Layout, keys: Sequence[int] = KEYS, **settings: Any) -> Autore
     return made
 
 
+both = pytest.mark.parametrize("components", [0, 6])
+
+
+def start_of(layout: Layout, key: int, components: int) -> Start:
+    return Start.of(f"autoregressive+{components}", layout, key)
+
+
+def opened(keys: Sequence[int], purpose: str = "draws") -> FleetRng:
+    return FleetRng(keys, dtype=torch.float64).at(purpose)
+
+
 def every_row(layout: Layout) -> Tensor:
     return torch.tensor(list(itertools.product(*(range(n) for n in layout.levels))))[None]
 
@@ -45,9 +58,13 @@ def every_row(layout: Layout) -> Tensor:
 # What follows from the tables
 
 
+@both
 @pytest.mark.parametrize("layout", [LAYOUT, WIDE, NO_TARGET, Layout((4,), 0), Layout((4,), None)])
-def test_columns_stand_by_what_they_say_about_the_target_or_by_entropy(layout: Layout) -> None:
-    model = fleet(layout)
+def test_columns_stand_by_what_they_say_about_the_target_or_by_entropy(
+    layout: Layout, components: int
+) -> None:
+    """In the noisy tables, whatever the components are."""
+    model = fleet(layout, components=components)
     for run, key in enumerate(KEYS):
         tables = random_marginals(layout, key)
         prior, due = tables.prior.numpy(), {}
@@ -78,34 +95,34 @@ def test_a_kernel_is_smooth_along_the_mass_of_placed_levels_alone() -> None:
     assert torch.equal(one, torch.eye(3, dtype=torch.float64))
 
 
+@both
 @pytest.mark.parametrize("layout", [LAYOUT, WIDE, NO_TARGET])
-def test_features_have_mean_zero_under_the_tables(layout: Layout) -> None:
-    model = fleet(layout)
+def test_features_have_mean_zero_in_every_component(layout: Layout, components: int) -> None:
+    model = fleet(layout, components=components)
     for run, key in enumerate(KEYS):
-        given = random_marginals(layout, key).given
-        for group in range(layout.groups):
+        start = start_of(layout, key, components)
+        for k in range(len(start.weight)):
             mean = torch.zeros(layout.width, dtype=torch.float64)
-            for j, block in enumerate(given[group].split(list(layout.levels))):
+            for j in (j for j in range(layout.columns) if j != layout.target):
                 rows = random_codes(layout, 3, layout.levels[j])
                 rows[..., j] = torch.arange(layout.levels[j])
-                if layout.target is not None:
-                    rows[..., layout.target] = group
+                found = model.features(rows, torch.full(rows.shape[:2], k))
                 place = model._block(j)
-                mean[place] = block @ model.features(rows)[run][:, place]
-            if layout.target is not None:
-                mean[model._block(layout.target)] = 0
-            torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-6)
+                mean[place] = torch.from_numpy(start.blocks[j][k]) @ found[run][:, place]
+            torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-5)
 
 
+@both
 @pytest.mark.parametrize("layout", [LAYOUT, WIDE, NO_TARGET])
-def test_three_rows_of_the_tables_in_ten_have_a_gradient_within_one(layout: Layout) -> None:
+def test_three_rows_of_the_tables_in_ten_have_a_gradient_within_one(
+    layout: Layout, components: int
+) -> None:
     """Whatever the table, so that a bound of 1 always cuts the same share; by autograd."""
-    model = fleet(layout, jitter=0.0)
-    rng = FleetRng([k + 7 for k in KEYS], dtype=torch.float64)
-    codes = model.sample(400, rng)
+    model = fleet(layout, jitter=0.0, components=components)
+    codes = model.sample(300, FleetRng([k + 7 for k in KEYS], dtype=torch.float64))
     with torch.enable_grad():
         found = record_gradients(
-            lambda: model.record_loss(codes, rng), list(model.network.parameters())
+            lambda: model.record_loss(codes, opened(KEYS)), list(model.network.parameters())
         )
     for rows in found:
         norms = np.array([float(row[0].norm()) for row in rows])
@@ -115,31 +132,61 @@ def test_three_rows_of_the_tables_in_ten_have_a_gradient_within_one(layout: Layo
 # Likelihood
 
 
+@both
 @pytest.mark.parametrize("layout", [LAYOUT, NO_TARGET])
-def test_likelihoods_of_all_rows_add_up_to_one(layout: Layout) -> None:
-    model, rows = fleet(layout, jitter=1.0), every_row(layout)
-    loss = model.record_loss(rows.expand(3, -1, -1), FleetRng(KEYS)).detach()
-    torch.testing.assert_close((-loss).exp().sum(1), torch.ones(3, dtype=torch.float64))
+def test_likelihoods_of_all_rows_add_up_to_one(layout: Layout, components: int) -> None:
+    """Without components those of rows, else those of rows given each component."""
+    model = fleet(layout, jitter=1.0, components=components)
+    rows = every_row(layout).expand(3, -1, -1)
+    if not components:
+        losses = [model.record_loss(rows, opened(KEYS))]
+    else:
+        losses = [model._loss(rows, torch.full(rows.shape[:2], k)) for k in range(4)]
+    for loss in losses:
+        total = (-loss.detach()).exp().sum(1)
+        torch.testing.assert_close(total, torch.ones(3, dtype=torch.float64))
 
 
-def test_a_column_sees_the_columns_before_it_and_the_target_alone() -> None:
-    model, rows = fleet(WIDE, jitter=1.0), random_codes(WIDE, 3, 20)
+def test_the_loss_is_that_of_a_component_drawn_or_of_the_likeliest() -> None:
+    model, rows = fleet(LAYOUT, jitter=1.0), random_codes(LAYOUT, 3, 40)
     with torch.no_grad():
-        before = model.logits(rows)
+        drawn = model.component_of(rows, opened(KEYS))
+        torch.testing.assert_close(model.record_loss(rows, opened(KEYS)), model._loss(rows, drawn))
+        best = model.component_of(rows, None)
+        torch.testing.assert_close(model.attack_loss(rows, opened(KEYS)), model._loss(rows, best))
+    assert (drawn != best).any()
+
+
+@both
+def test_a_column_sees_the_columns_before_it_and_the_target_alone(components: int) -> None:
+    """The target through the component: its own or the one that belongs to it."""
+    model = fleet(WIDE, jitter=1.0, components=components)
+    rows = random_codes(WIDE, 3, 20)
+    held = torch.arange(20).expand(3, -1) % 4
+
+    def scores(codes: Tensor) -> Tensor:
+        return model.logits(codes, held if components else WIDE.group_of(codes))
+
+    with torch.no_grad():
+        before = scores(rows)
         for j, run in itertools.product(range(WIDE.columns), range(3)):
             moved = rows.clone()
             moved[..., j] = (moved[..., j] + 1) % WIDE.levels[j]
-            change = (model.logits(moved) - before)[run].abs().amax(0)
+            change = (scores(moved) - before)[run].abs().amax(0)
             for k in range(WIDE.columns):
-                later = model._linear.rank[run, k] > model._linear.rank[run, j]
-                seen = float(change[model._block(k)].max())
-                assert (seen > 1e-6) == bool(later) or k == WIDE.target, (j, k)
+                later = bool(model._linear.rank[run, k] > model._linear.rank[run, j])
+                seen = float(change[model._block(k)].max()) > 1e-6
+                if not components:
+                    assert seen == later or k == WIDE.target, (j, k)
+                elif k != WIDE.target:
+                    assert seen == (later and j != WIDE.target), (j, k)
 
 
 def test_an_untrained_model_is_naive_bayes() -> None:
-    made = [make_fleet(f, LAYOUT, KEYS, jitter=0.0) for f in ("autoregressive", "naive_bayes")]
+    names = ("autoregressive+0", "naive_bayes+0")
+    made = [make_fleet(name, LAYOUT, KEYS, jitter=0.0) for name in names]
     rows = random_codes(LAYOUT, 3, 30)
-    losses = [model.record_loss(rows, FleetRng(KEYS)).detach() for model in made]
+    losses = [model.record_loss(rows, opened(KEYS)).detach() for model in made]
     torch.testing.assert_close(*losses)
 
 
@@ -170,9 +217,9 @@ def test_the_familys_plan_gives_way_to_what_is_named() -> None:
 
     family = plan()
     assert (family.batch, family.steps, family.clip) == (2048, 200, 1.0)
-    named = plan(batch=64, steps=7, clip=0.5, shares={"marginals": 0.5})
+    named = plan(batch=64, steps=7, clip=0.5, shares={"marginals": 0.2})
     assert (named.batch, named.steps, named.clip) == (64, 7, 0.5)
-    assert named.shares == {**family.shares, "marginals": 0.5}
+    assert named.shares == {**family.shares, "marginals": 0.2}
     assert plan(batch=None, steps=None, clip=None) == family
     assert plan("vae", batch=None).batch == PrivacyPlan.batch
 
@@ -198,69 +245,86 @@ def test_a_larger_budget_is_spent_on_more_steps_of_larger_batches() -> None:
 # Correction
 
 
+@pytest.fixture
+def quick_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer trees for the head that draws labels."""
+    monkeypatch.setattr("dpsynth.models.labels._TREES", 20)
+
+
 def by_group(codes: Tensor, layout: Layout, group: int) -> list[np.ndarray]:
     rows = codes[layout.group_of(codes) == group]
     return [np.bincount(rows[:, j], minlength=n) for j, n in enumerate(layout.levels)]
 
 
+@pytest.mark.usefixtures("quick_labels")
+@both
 @pytest.mark.parametrize("given", [None, 0, 1])
-def test_samples_meet_the_tables_whatever_the_weights(
-    given: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_samples_meet_the_tables_whatever_the_weights(given: int | None, components: int) -> None:
     """Each column given the target; without the correction they are far off."""
-    model = fleet(WIDE, [4], jitter=1.5)
-    tables = random_marginals(WIDE, 4)
+    start = start_of(WIDE, 4, components)
 
-    def furthest() -> float:
+    def furthest(reconcile: bool) -> float:
+        settings = {"jitter": 1.5, "components": components, "reconcile": reconcile}
         fixed = {} if given is None else {1: given}
+        model = fleet(WIDE, [4], **settings)
         codes = model.sample(20_000, FleetRng([5], dtype=torch.float64), fixed)[0]
         distances = [
-            total_variation(counts, law.numpy())
+            total_variation(by_group(codes, WIDE, group)[j], start.table([j], {1: group}))
             for group in ([0, 1] if given is None else [given])
-            for counts, law in zip(
-                by_group(codes, WIDE, group),
-                tables.given[group].split(list(WIDE.levels)),
-                strict=True,
-            )
-            if len(counts) > 2
+            for j in (0, 2, 3, 4)
         ]
         return max(distances)
 
-    # Drawn anew, the target fits an additive model to rows that are not additive.
-    assert furthest() < (0.04 if given is None else 0.02)
-    monkeypatch.setattr(autoregressive, "_CORRECTIONS", 0)
-    assert furthest() > 0.08
+    # Drawn anew, the target fits models that are not the one that drew the rows.
+    assert furthest(True) < (0.05 if given is None else 0.02)
+    assert furthest(False) > 0.08
+
+
+@pytest.mark.usefixtures("quick_labels")
+@both
+@pytest.mark.parametrize("reconcile", [True, False])
+def test_the_targets_shares_are_those_of_the_tables(components: int, reconcile: bool) -> None:
+    model = fleet(WIDE, [4], jitter=1.5, components=components, reconcile=reconcile)
+    codes = model.sample(20_000, FleetRng([5], dtype=torch.float64))[0]
+    law = start_of(WIDE, 4, components).table([1])
+    # Components are drawn evenly, and each has one target level.
+    room = 0.01 if reconcile else 4 / 20_000
+    assert total_variation(torch.bincount(codes[:, 1], minlength=2).numpy(), law) < room
 
 
 def test_shifts_make_the_means_those_asked_for() -> None:
     made = torch.Generator().manual_seed(0)
-    logits = 2 * torch.randn(500, 4, generator=made, dtype=torch.float64)
-    group = torch.arange(500) % 3
-    wanted = doubles([[0.1, 0.2, 0.3, 0.4], [0.97, 0.01, 0.01, 0.01], [0.5, 0.5, 0.0, 0.0]])
-    found = autoregressive._corrected(logits, group, wanted)
-    for g in range(3):
-        mean = found[group == g].softmax(-1).mean(0)
-        torch.testing.assert_close(mean, wanted[g], rtol=0, atol=2e-3)
-        moved = (found - logits)[group == g]
+    logits, start = (
+        scale * torch.randn(500, 4, generator=made, dtype=torch.float64) for scale in (2, 1)
+    )
+    group = torch.tensor([0, 1, 3])[torch.arange(500) % 3]  # nothing in 2
+    start[group == 1, 2:] = -1e4
+    found = corrected(logits, start, group)
+    for g in (0, 1, 3):
+        rows = (group == g).nonzero().flatten().tolist()
+        wanted = sum(start[row].exp() / start[row].exp().sum() for row in rows) / len(rows)
+        mean = found[rows].softmax(-1).mean(0)
+        torch.testing.assert_close(mean, wanted, rtol=0, atol=2e-3)
+        moved = (found - logits)[rows]
         torch.testing.assert_close(moved, moved[:1].expand_as(moved))
-    empty = autoregressive._corrected(logits[:2], torch.zeros(2, dtype=torch.long), wanted)
-    assert empty.isfinite().all()
+    torch.testing.assert_close(corrected(start, start, group), start)
 
 
-def test_few_rows_are_some_of_many() -> None:
-    """Else a handful would be bent to the tables one by one."""
-    model = fleet(WIDE, double=False)
-    few = model.sample(5, FleetRng(KEYS))
-    assert torch.equal(few, model.sample(8192, FleetRng(KEYS))[:, :5])
-
-
-def test_the_targets_levels_are_as_many_as_they_are_due() -> None:
-    share = doubles([0.0, 0.301, 0.0, 0.699, 0.0])
-    for offset in (0.0, 0.5, 1 - 1e-12):
-        found = autoregressive._evenly(share, doubles([offset]), 1000)
-        counts = torch.bincount(found, minlength=5)
-        assert (counts - 1000 * share).abs().max() < 1
-        assert counts[[0, 2, 4]].sum() == 0
+def test_draws_of_a_part_have_one_place_each() -> None:
+    """One in each of as many slots as the part has rows, each uniform in its own."""
+    rng = opened([1])
+    part = torch.tensor([0, 2, 2, 0, 2, 3])[(rng.uniform(3000)[0] * 6).long()]
+    draws = rng.uniform(3000, 3)[0]
+    found = evenly_within(part, draws)
+    for number in (0, 2, 3):
+        inside = (part == number).nonzero().flatten()
+        for column in range(3):
+            own = found[inside, column] * len(inside)
+            assert own.floor().sort().values.tolist() == list(range(len(inside)))
+            # In the order of the draws, and uniform within a slot.
+            assert torch.equal(own.argsort(), draws[inside, column].argsort())
+            assert stats.kstest((own % 1).numpy(), "uniform").pvalue > 1e-4
+    assert abs(np.corrcoef(found.T.numpy())[0, 1]) < 0.1
 
 
 # The target drawn anew
@@ -303,16 +367,21 @@ def test_a_target_level_that_cannot_occur_stays_out() -> None:
     assert logits.isfinite().all()
 
 
-def test_a_given_target_is_not_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> Tensor:
+@pytest.mark.usefixtures("quick_labels")
+@both
+def test_a_given_target_is_not_drawn_anew(components: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(Autoregressive, "_target", refuse)
-    model = fleet(LAYOUT)
-    assert (model.sample(9, FleetRng(KEYS, dtype=torch.float64), {2: 1})[..., 2] == 1).all()
-    fleet(NO_TARGET).sample(9, FleetRng(KEYS, dtype=torch.float64))
+    monkeypatch.setattr("dpsynth.models.base.LabelHead", refuse)
+    rng = FleetRng(KEYS, dtype=torch.float64)
+    settings: dict[str, Any] = {"components": components}
+    model = fleet(LAYOUT, reconcile=True, **settings)
+    assert (model.sample(9, rng, {2: 1})[..., 2] == 1).all()
+    fleet(NO_TARGET, reconcile=True, **settings).sample(9, rng)
+    fleet(LAYOUT, reconcile=False, **settings).sample(9, rng)
     with pytest.raises(AssertionError):
-        model.sample(9, FleetRng(KEYS, dtype=torch.float64))
+        model.sample(9, rng)
 
 
 def test_a_rate_must_be_positive() -> None:

@@ -21,6 +21,7 @@ from dpsynth.networks import (
     FleetRMSNorm,
     Mlp,
     column_log_likelihood,
+    evenly,
     sample_columns,
 )
 from dpsynth.randomness import FleetRng
@@ -275,3 +276,47 @@ def test_the_stream_decides_the_levels() -> None:
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+# Levels in even numbers
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+@pytest.mark.parametrize("offset", [0.0, 0.5, 0.9999])
+def test_levels_are_as_many_as_they_are_due(rows: int, offset: float) -> None:
+    """In each run, but for less than one row; a share of 0 is never drawn."""
+    share = torch.tensor([[0.0, 0.301, 0.0, 0.699, 0.0], [0.2, 0.2, 0.2, 0.2, 0.2]]).double()
+    order = fleet_rng(1, 2).at("order").uniform(rows)
+    found = evenly(share, torch.full((2,), offset).double(), order)
+    assert found.shape == (2, rows)
+    for run in range(2):
+        counts = torch.bincount(found[run], minlength=5)
+        assert (counts - rows * share[run]).abs().max() < 1
+        assert (counts[share[run] == 0] == 0).all()
+
+
+def test_one_row_has_the_level_that_its_offset_falls_into() -> None:
+    """So over offsets the shares are exact, however few rows there are."""
+    share = torch.tensor([[0.1, 0.6, 0.3]]).double().expand(5000, -1)
+    rng = fleet_rng(*range(5000)).at("one")
+    for rows in (1, 2):
+        found = evenly(share, rng.uniform(1)[:, 0], rng.uniform(rows))
+        for place in range(rows):
+            counts = torch.bincount(found[:, place], minlength=3).numpy()
+            assert chi_square(counts, share[0].numpy()) > 1e-4
+
+
+def test_the_order_of_rows_is_that_of_their_draws() -> None:
+    share, rows = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).double(), 400
+    offset, order = torch.tensor([0.3, 0.6]).double(), fleet_rng(1, 2).at("order").uniform(rows)
+    found = evenly(share, offset, order)
+    sorted_, ranked = evenly(share, offset, torch.arange(rows).double().expand(2, -1) / rows), order
+    for run in range(2):
+        # Rows in the order of their draws' ranks, from levels in rising order.
+        places = ranked[run].argsort()
+        assert torch.equal(found[run], sorted_[run][places])
+        assert (sorted_[run].diff() >= 0).all()
+        early = torch.bincount(found[run, :100], minlength=2).numpy()
+        assert chi_square(early, share[run].numpy()) > 1e-4
+    again = evenly(share[1:], offset[1:], order[1:])
+    assert torch.equal(again[0], found[1])

@@ -1,18 +1,17 @@
-"""Independent columns and DP naive Bayes: generators that are measured, not trained."""
+"""Independent columns, DP naive Bayes and DP mixture of products: measured, not trained."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from dpsynth.models.base import Generator
-from dpsynth.networks import column_log_likelihood, sample_columns
+from dpsynth.models.base import COMPONENTS, Generator
+from dpsynth.networks import column_log_likelihood, columns_at
 from dpsynth.randomness import FleetRng
 
-__all__ = ["Independent", "NaiveBayes"]
+__all__ = ["Independent", "MixtureOfProducts", "NaiveBayes"]
 
 
 class _Measured(Generator):
@@ -20,30 +19,31 @@ class _Measured(Generator):
 
     trained = False
 
-    def __init__(self, *args, **common) -> None:
-        super().__init__(*args, **common)
+    def __init__(self, *args, components: int = 0, reconcile: bool = False, **common) -> None:
+        super().__init__(*args, components=components, reconcile=reconcile, **common)
         self.network = nn.Module()
 
     def reset(self, rng: FleetRng) -> None:
         """Nothing to draw: there are no weights."""
 
     @abstractmethod
-    def tables(self, group: Tensor) -> Tensor:
-        """Logits (runs, rows, W) of rows with target levels `group` (runs, rows)."""
+    def tables(self, component: Tensor) -> Tensor:
+        """Logits (runs, rows, W) of rows of components, or target levels, (runs, rows)."""
 
     def record_loss(self, codes: Tensor, rng: FleetRng) -> Tensor:
         """−log-likelihood of a record under the tables."""
         logits = self.tables(self.layout.group_of(codes))
         return -column_log_likelihood(logits, codes, self.layout.levels).sum(-1)
 
-    def sample(self, rows: int, rng: FleetRng, given: Mapping[int, int] | None = None) -> Tensor:
-        parts = []
-        for number, size in enumerate(self.chunks(rows)):
-            draws = rng.at("sample", number)
-            group = self.draw_groups(size, draws, given)
-            codes = sample_columns(self.tables(group), self.layout.levels, draws)
-            parts.append(self.with_target(codes, group))
-        return torch.cat(parts, dim=1)
+    def draw(
+        self,
+        component: Tensor,
+        group: Tensor,
+        draws: Tensor,
+        rng: FleetRng,
+        given: Mapping[int, int],
+    ) -> Tensor:
+        return columns_at(self.tables(component), self.layout.levels, draws)
 
 
 class NaiveBayes(_Measured):
@@ -51,8 +51,29 @@ class NaiveBayes(_Measured):
 
     family = "naive_bayes"
 
-    def tables(self, group: Tensor) -> Tensor:
-        return self.offset(group)
+    def tables(self, component: Tensor) -> Tensor:
+        return self.offset(component)
+
+    def record_loss(self, codes: Tensor, rng: FleetRng) -> Tensor:
+        """−log p(x), over all components."""
+        if not self.components:
+            return super().record_loss(codes, rng)
+        logits = self.weight_logits[:, None, :]
+        for column in range(self.layout.columns):
+            logits = logits + self.level_logits(column, codes[..., column])
+        return -logits.logsumexp(-1)
+
+
+class MixtureOfProducts(NaiveBayes):
+    """Components that agree with the tables that were chosen; see `dpsynth.mixture`."""
+
+    family = "mixture"
+    surveys = True
+
+    def __init__(
+        self, *args, components: int = COMPONENTS, reconcile: bool = True, **common
+    ) -> None:
+        super().__init__(*args, components=components, reconcile=reconcile, **common)
 
 
 class Independent(_Measured):
@@ -60,7 +81,7 @@ class Independent(_Measured):
 
     family = "independent"
 
-    def tables(self, group: Tensor) -> Tensor:
+    def tables(self, component: Tensor) -> Tensor:
         alone = (self.prior_logits.softmax(-1)[:, None] @ self.given_logits.exp()).squeeze(1)
         rows = alone.clamp_min(1e-30).log()[:, None]
-        return rows.expand(-1, group.shape[1], -1)
+        return rows.expand(-1, component.shape[1], -1)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from dpsynth.codec import Layout
 from dpsynth.marginals import Marginals
-from dpsynth.models.additive import additive_logits
 from dpsynth.models.base import Generator
+from dpsynth.models.reconcile import corrected
 from dpsynth.networks import FleetMaskedLinear, column_log_likelihood, draw_level, sample_columns
 from dpsynth.optimizers import FleetSgd
 from dpsynth.privacy.calibration import whole_mu
@@ -37,22 +37,16 @@ _PAIR, _STEPS, _BATCH = 0.45, (200, 1000), 2048
 # Most noise that all steps together may put on a weight (standard deviation, in logits).
 _SPREAD = 0.4
 _RATE = 3.0
-_CORRECTIONS = 15
-# Rows that are corrected together: enough for means, few enough for memory.
-_LEAST, _MOST = 1 << 13, 1 << 16
 
 
 class Autoregressive(Generator):
-    """z_j = log P(x_j | y) + R_j Σ_{i before j} W_ij f_i, with f_i = (R_i e_{x_i} - its mean given
-    y) / C: all pairs of columns at once, each in one matrix W_ij.
+    """z_j = log P(x_j | k) + R_j Σ_{i before j} W_ij f_i, with f_i = (R_i e_{x_i} - its mean given
+    k) / C: all pairs of columns at once, each in one matrix W_ij. k is the component of a mixture
+    that agrees with chosen tables, or without components the target's level.
 
     R_j is the root of a kernel that is smooth along the values of an ordered column, the identity
     for a category. C is a quantile of the gradient norms of rows drawn from the tables, so one
     clipping bound, 1, fits every table.
-
-    While sampling, each column's logits are shifted, by one vector a target level, until its mean
-    probabilities are those of its noisy table; the target is then drawn anew given the row, by the
-    additive model whose sufficient statistics the tables are. Where the target is given it stays.
 
     Args:
         lr: Learning rate of plain SGD in units of the features before they are divided by C; less
@@ -64,7 +58,6 @@ class Autoregressive(Generator):
     root: Tensor
     mean: Tensor
     scale: Tensor
-    noise: Tensor
 
     def __init__(
         self,
@@ -78,9 +71,10 @@ class Autoregressive(Generator):
         self.network = FleetMaskedLinear(runs, layout.levels)
         # Row w holds the root's row of level w in its own column, padded to the longest.
         self.register_buffer("root", torch.zeros(runs, layout.width, max(layout.levels)))
-        self.register_buffer("mean", torch.zeros(runs, layout.groups, layout.width))
+        self.register_buffer(
+            "mean", torch.zeros(runs, self.components or layout.groups, layout.width)
+        )
         self.register_buffer("scale", torch.ones(runs))
-        self.register_buffer("noise", torch.zeros(runs))
 
     @classmethod
     def planned(cls, plan: PrivacyPlan, columns: int) -> Mapping[str, Any]:
@@ -112,17 +106,21 @@ class Autoregressive(Generator):
     # -- what follows from the tables ---------------------------------------------------------
 
     def prepare(
-        self, marginals: Sequence[Marginals], used: Sequence[Tensor], rng: FleetRng
+        self,
+        marginals: Sequence[Marginals],
+        used: Sequence[Tensor],
+        rng: FleetRng,
+        surveyed: Sequence[Any] | None = None,
     ) -> None:
-        super().prepare(marginals, used, rng)
+        super().prepare(marginals, used, rng, surveyed)
         for run, (tables, possible) in enumerate(zip(marginals, used, strict=True)):
             self._linear.rank[run] = self._rank(tables)
+            start = self.component_logits[run] if self.components else self.given_logits[run]
             for j in self._others():
                 block, levels = self._block(j), self.layout.levels[j]
                 root = _root(tables.values[block], tables.one_way()[block], possible[block])
                 self.root[run, block, :levels] = root.to(self.root)
-                self.mean[run, :, block] = (tables.given[:, block] @ root).to(self.mean)
-            self.noise[run] = tables.noise
+                self.mean[run, :, block] = start[:, block].softmax(-1) @ root.to(start)
         self.scale.fill_(1.0)
         pieces = [
             self._norms(size, rng.at("init:scale", number))
@@ -154,14 +152,14 @@ class Autoregressive(Generator):
     def _norms(self, rows: int, rng: FleetRng) -> Tensor:
         """Norms of the gradients of rows drawn from the tables, at weights of 0 (runs, rows)."""
         levels = list(self.layout.levels)
-        group = self.draw_groups(rows, rng, None)
-        start = self.offset(group)
+        component, group = self.draw_components(rows, rng, None)
+        start = self.offset(component)
         codes = self.with_target(sample_columns(start, levels, rng), group)
         share = torch.cat([block.softmax(-1) for block in start.split(levels, -1)], dim=-1)
         back = self._rooted(self.layout.one_hot(codes, share.dtype) - share)
         ahead, behind = (
             torch.stack([block.square().sum(-1) for block in x.split(levels, -1)], dim=-1)
-            for x in (self.features(codes), back)
+            for x in (self.features(codes, component), back)
         )
         rank = self._linear.rank
         before = (rank[:, None, :, None] < rank[:, None, None, :]).to(ahead)
@@ -170,13 +168,14 @@ class Autoregressive(Generator):
 
     # -- likelihood ---------------------------------------------------------------------------
 
-    def features(self, codes: Tensor) -> Tensor:
-        """Centred, smoothed and scaled one-hot rows: codes (runs, rows, D) -> (runs, rows, W)."""
+    def features(self, codes: Tensor, component: Tensor) -> Tensor:
+        """Centred, smoothed and scaled one-hot rows: codes (runs, rows, D), components (runs, rows)
+        -> (runs, rows, W)."""
         run = torch.arange(self.runs, device=codes.device)[:, None]
         places = codes + torch.tensor(self.layout.offsets, device=codes.device)
         padded = self.root[run[..., None], places]
         rows = [padded[..., j, :levels] for j, levels in enumerate(self.layout.levels)]
-        centred = torch.cat(rows, dim=-1) - self.mean[run, self.layout.group_of(codes)]
+        centred = torch.cat(rows, dim=-1) - self.mean[run, component]
         return centred / self.scale[:, None, None]
 
     def _rooted(self, x: Tensor) -> Tensor:
@@ -188,14 +187,23 @@ class Autoregressive(Generator):
         ]
         return torch.cat(parts, dim=-1)
 
-    def logits(self, codes: Tensor) -> Tensor:
-        """Scores of every column's levels given the columns before it (runs, rows, W)."""
-        start = self.offset(self.layout.group_of(codes))
-        return start + self._rooted(self.network(self.features(codes)))
+    def logits(self, codes: Tensor, component: Tensor) -> Tensor:
+        """Scores of every column's levels given its component and the columns before it (runs,
+        rows, W)."""
+        features = self.features(codes, component)
+        return self.offset(component) + self._rooted(self.network(features))
 
     def record_loss(self, codes: Tensor, rng: FleetRng) -> Tensor:
-        """-log p(x); nothing is drawn."""
-        return -column_log_likelihood(self.logits(codes), codes, self.layout.levels).sum(-1)
+        """-log p(x | k), with k drawn given x where there are components."""
+        return self._loss(codes, self.component_of(codes, rng))
+
+    def attack_loss(self, codes: Tensor, rng: FleetRng) -> Tensor:
+        """The same under the likeliest component; nothing is drawn."""
+        return self._loss(codes, self.component_of(codes, None))
+
+    def _loss(self, codes: Tensor, component: Tensor) -> Tensor:
+        logits = self.logits(codes, component)
+        return -column_log_likelihood(logits, codes, self.layout.levels).sum(-1)
 
     def configure_optimizers(self) -> Any:
         rates = [
@@ -215,60 +223,40 @@ class Autoregressive(Generator):
 
     # -- sampling -----------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def sample(self, rows: int, rng: FleetRng, given: Mapping[int, int] | None = None) -> Tensor:
-        parts = []
-        for number, size in enumerate(self.chunks(rows, _MOST)):
-            # Few rows would all be bent to the tables, so more are drawn than are kept.
-            drawn = self._draw(max(size, _LEAST), rng.at("sample", number), given or {})
-            parts.append(drawn[:, :size])
-        return torch.cat(parts, dim=1)
-
-    def _draw(self, rows: int, rng: FleetRng, given: Mapping[int, int]) -> Tensor:
-        """Rows that are corrected together, in random order (runs, rows, D)."""
-        offsets, turns = rng.uniform(1), rng.uniform(rows).argsort(-1)
-        draws = rng.uniform(rows, self.layout.columns)
-        target, drawn = self.layout.target, []
-        for run in range(self.runs):
-            if target is not None and target in given:
-                group = torch.full_like(turns[run], given[target])
-                drawn.append(self._columns(run, group, draws[run]))
-                continue
-            group = _evenly(self.prior_logits[run].softmax(-1), offsets[run], rows)[turns[run]]
-            codes = self._columns(run, group, draws[run])
-            if target is not None:
-                codes[:, target] = draw_level(self._target(run, codes), draws[run, :, target])
-            drawn.append(codes)
+    def draw(
+        self,
+        component: Tensor,
+        group: Tensor,
+        draws: Tensor,
+        rng: FleetRng,
+        given: Mapping[int, int],
+    ) -> Tensor:
+        drawn = [
+            self._columns(run, component[run], group[run], draws[run]) for run in range(self.runs)
+        ]
         return torch.stack(drawn)
 
-    def _columns(self, run: int, group: Tensor, draws: Tensor) -> Tensor:
-        """All columns given the target's level (rows,), from uniform draws (rows, D)."""
+    def _columns(self, run: int, component: Tensor, group: Tensor, draws: Tensor) -> Tensor:
+        """All columns given component and target (rows,), from uniform draws (rows, D)."""
         codes = torch.zeros_like(draws, dtype=torch.long)
         if self.layout.target is not None:
             codes[:, self.layout.target] = group
         features = draws.new_zeros(len(draws), self.layout.width).to(self.root)
         weight = self._linear.masked()[run]
+        held = self.component_logits[run] if self.components else self.given_logits[run]
         for j in self._linear.rank[run].argsort().tolist():
             if j == self.layout.target:
                 continue
-            block, start = self._block(j), self.given_logits[run, :, self._block(j)]
+            block = self._block(j)
+            start = held[:, block][component]
             root = self.root[run, block, : self.layout.levels[j]]
-            logits = start[group] + features @ weight[:, block] @ root
-            codes[:, j] = draw_level(_corrected(logits, group, start.softmax(-1)), draws[:, j])
-            centred = root[codes[:, j]] - self.mean[run, :, block][group]
+            logits = start + features @ weight[:, block] @ root
+            if self.reconcile:
+                logits = corrected(logits, start, group)
+            codes[:, j] = draw_level(logits, draws[:, j])
+            centred = root[codes[:, j]] - self.mean[run, :, block][component]
             features[:, block] = centred / self.scale[run]
         return codes
-
-    def _target(self, run: int, codes: Tensor) -> Tensor:
-        """Scores of the target's levels given all other columns (rows, groups)."""
-        prior, others = self.prior_logits[run], self._others()
-        tables = [
-            prior.softmax(-1)[:, None] * self.given_logits[run, :, self._block(j)].softmax(-1)
-            for j in others
-        ]
-        if not others:
-            return prior.expand(len(codes), -1)
-        return additive_logits([codes[:, j] for j in others], tables, prior, float(self.noise[run]))
 
 
 def _root(values: Tensor, share: Tensor, used: Tensor) -> Tensor:
@@ -290,22 +278,3 @@ def _root(values: Tensor, share: Tensor, used: Tensor) -> Tensor:
     scales, vectors = torch.linalg.eigh(kernel)
     half = vectors * scales.clamp_min(0).sqrt().sqrt()
     return half @ half.T
-
-
-def _evenly(share: Tensor, offset: Tensor, rows: int) -> Tensor:
-    """Levels in these shares, each as often as it is due but for less than one row (rows,)."""
-    ends = share.double().cumsum(0)
-    points = (torch.arange(rows, device=share.device) + offset.double()) / rows
-    return torch.searchsorted(ends, points.clamp(max=1 - 1e-9) * ends[-1], right=True)
-
-
-def _corrected(logits: Tensor, group: Tensor, wanted: Tensor) -> Tensor:
-    """Logits (rows, L) shifted by one vector a group, so that in each the mean of the
-    probabilities is `wanted` (groups, L)."""
-    rows = torch.bincount(group, minlength=len(wanted)).clamp_min(1)[:, None]
-    shift = torch.zeros_like(wanted)
-    for _ in range(_CORRECTIONS):
-        share = (logits + shift[group]).softmax(-1)
-        mean = torch.zeros_like(wanted).index_add_(0, group, share) / rows
-        shift += (wanted.clamp_min(1e-8) / mean.clamp_min(1e-8)).log().clamp(-3, 3)
-    return logits + shift[group]

@@ -12,11 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from dpsynth.checks import RefusedError, UsageError, check_count, check_fraction, check_positive
+from dpsynth.chosen import Choice, choose_tables
 from dpsynth.codec import Layout
 from dpsynth.counter import CounterRng
+from dpsynth.devices import resolve
 from dpsynth.draws import RecordRng
 from dpsynth.marginals import Marginals
+from dpsynth.mixture import Mixture, anchored
 from dpsynth.models.captured import CapturedSteps
+from dpsynth.models.labels import LabelHead, balanced
+from dpsynth.models.reconcile import corrected, evenly_within
+from dpsynth.networks import draw_level, evenly
 from dpsynth.optimizers import FleetAdam, RunwiseOptimizer
 from dpsynth.privacy.batches import PoissonBatches
 from dpsynth.privacy.engine import PrivateEngine
@@ -24,10 +30,17 @@ from dpsynth.privacy.plan import PrivacyPlan
 from dpsynth.randomness import FleetRng
 from dpsynth.rows import MappedRows
 from dpsynth.shapes import expand
+from dpsynth.survey import Survey
 
-__all__ = ["Generator"]
+__all__ = ["COMPONENTS", "Generator"]
 
 _NEVER = -1e4
+# Components of a mixture where nothing else is said.
+COMPONENTS = 512
+# Most rows that are reconciled together, for memory. For each level, rows that must be, enough for
+# means, and rows that a label head is fitted to; least and most of both.
+_MOST = 1 << 16
+_RECONCILED, _SEEN = (32, 512, 1 << 13), (256, 2048, 1 << 16)
 # Steps from which it pays to compile a captured step, which takes about a minute.
 _LONG = 5000
 
@@ -36,8 +49,12 @@ class Generator(lightning.LightningModule, ABC):
     """R generators of one family, trained as one fleet.
 
     A family adds `record_loss` (one unreduced loss a record), `sample`, and, where it has weights
-    that see no rows, `public_step`. Every logit starts from the noisy label × column tables of the
-    run, so an untrained network is a DP naive Bayes and training learns what that misses.
+    that see no rows, `public_step`. Every logit starts from noisy tables of the run: those of label
+    × column, so that an untrained network is a DP naive Bayes, or, with `components`, a mixture of
+    products that agrees with chosen tables of three columns too. Training learns what they miss.
+
+    A mixture's component is a hidden part of each record. In training it is drawn anew from its
+    posterior given the record, which is public arithmetic on that record alone.
 
     Args:
         layout: Public shape of encoded rows.
@@ -46,19 +63,31 @@ class Generator(lightning.LightningModule, ABC):
             last 30 % of a run's steps.
         average: Decay of the moving average of weights that is sampled from (post-processing).
         block: Private steps a Lightning `training_step`; by default 10, or 200 where captured.
+        components: Most components of the mixture, 0 for naive Bayes.
+        reconcile: Whether samples meet the tables: each column's logits are shifted until its mean
+            probabilities given the target are those it starts from, draws are spread evenly, and
+            the target is drawn last, by a `LabelHead`. It is post-processing.
     """
 
     family: ClassVar[str]
     trained: ClassVar[bool] = True
+    # Whether it has a use for tables of its own choice (`survey`).
+    surveys: ClassVar[bool] = False
     # Default clipping bound: about the median norm of a record's gradient at the start. Far below
     # it every record is clipped to the same length, which under-weights rare levels.
     clip: ClassVar[float] = 1.0
+    # Most rows that are drawn, and reconciled, together.
+    together: ClassVar[int] = _MOST
     # Settings that the runs of one fleet may have for themselves.
     own: ClassVar[frozenset[str]] = frozenset({"lr"})
 
     network: nn.Module
     prior_logits: Tensor
     given_logits: Tensor
+    weight_logits: Tensor
+    component_logits: Tensor
+    level_rank: Tensor
+    noise: Tensor
     completed: Tensor
 
     def __init__(
@@ -69,9 +98,12 @@ class Generator(lightning.LightningModule, ABC):
         lr: float | Sequence[float] = 1e-3,
         average: float = 0.99,
         block: int | None = None,
+        components: int = COMPONENTS,
+        reconcile: bool = True,
     ) -> None:
         super().__init__()
         check_count("runs", runs)
+        check_count("components", components, least=0)
         check_fraction("average", average)
         if block is not None:
             check_count("block", block)
@@ -81,6 +113,15 @@ class Generator(lightning.LightningModule, ABC):
         groups, width = layout.groups, layout.width
         self.register_buffer("prior_logits", torch.zeros(runs, groups))
         self.register_buffer("given_logits", torch.zeros(runs, groups, width))
+        if reconcile not in (True, False):
+            raise UsageError(f"reconcile={reconcile}: must be true or false")
+        self.components, self.reconcile = components, bool(reconcile)
+        self._heads: tuple[tuple[int, ...], list[LabelHead]] | None = None
+        self.register_buffer("level_rank", torch.zeros(runs, width))
+        self.register_buffer("noise", torch.zeros(runs))
+        if components:
+            self.register_buffer("weight_logits", torch.full((runs, components), _NEVER))
+            self.register_buffer("component_logits", torch.zeros(runs, components, width))
         self.register_buffer("completed", torch.zeros(1, dtype=torch.long))
         self.total = 0
 
@@ -103,6 +144,25 @@ class Generator(lightning.LightningModule, ABC):
         """
         return {}
 
+    @classmethod
+    def survey(
+        cls, survey: Survey, plan: PrivacyPlan, options: Mapping[str, Any], device: str
+    ) -> Any:
+        """Spend the share `tables` of the budget; what comes of it goes to `prepare`.
+
+        Args:
+            survey: Answers.
+            plan: Calibrated.
+            options: The family's settings.
+            device: Where to compute.
+
+        Returns:
+            By default the mixture that agrees with the tables that are worth most.
+        """
+        choice = Choice.planned(survey.layout, plan.mu("tables"), plan.rows)
+        choice = choice.within(options.get("components", COMPONENTS))
+        return choose_tables(survey, choice, device=resolve(device).type)
+
     # -- what a family adds ------------------------------------------------------------------
 
     @abstractmethod
@@ -114,9 +174,91 @@ class Generator(lightning.LightningModule, ABC):
         """One loss a record, averaged over its noise draws: (runs, batch, D) -> (runs, batch)."""
 
     @abstractmethod
+    def draw(
+        self,
+        component: Tensor,
+        group: Tensor,
+        draws: Tensor,
+        rng: FleetRng,
+        given: Mapping[int, int],
+    ) -> Tensor:
+        """Codes (runs, rows, D) of rows with components and target levels (runs, rows).
+
+        Args:
+            component: Where each row starts (`offset`).
+            group: Its target's level; the target's codes are put in afterwards.
+            draws: One uniform draw a column (runs, rows, D); what else is drawn comes from `rng`.
+            rng: Open.
+            given: Columns that are fixed, of those that the family can fix.
+        """
+
+    @torch.no_grad()
     def sample(self, rows: int, rng: FleetRng, given: Mapping[int, int] | None = None) -> Tensor:
         """Draw rows: codes (runs, rows, D). `given` fixes columns by position; a family that cannot
         condition on one of them draws it freely (see `conditions`)."""
+        parts = []
+        for number, size in enumerate(self.chunks(rows, self.together)):
+            opened = rng.at("sample", number)
+            # Few rows would all be bent to the tables, so more are drawn than are kept.
+            least = self._enough(*_RECONCILED) if self.reconcile else 1
+            drawn = self._rows(max(size, least), opened, given or {})
+            parts.append(self._labelled(drawn, opened, given or {})[:, :size])
+        return torch.cat(parts, dim=1)
+
+    def _enough(self, each: int, least: int, most: int) -> int:
+        """Rows by the number of levels; the same for all runs of a fleet."""
+        return min(max(each * self.layout.width, least), most)
+
+    def _rows(self, rows: int, rng: FleetRng, given: Mapping[int, int]) -> Tensor:
+        component, group = self.draw_components(rows, rng, given)
+        draws = rng.uniform(rows, self.layout.columns)
+        if self.reconcile:
+            pairs = zip(component, draws, strict=True)
+            draws = torch.stack([evenly_within(part, drawn) for part, drawn in pairs])
+        return self.with_target(self.draw(component, group, draws, rng, given), group)
+
+    def _label_heads(self, rng: FleetRng) -> list[LabelHead]:
+        """Of each run, fitted to rows that follow from its state alone, and kept as long as that
+        stays."""
+        state = tuple(value._version for value in self.state_dict().values())
+        if self._heads is None or self._heads[0] != state:
+            opened = FleetRng([0] * self.runs, device=rng.device, dtype=rng.dtype).at("labels")
+            seen = self._rows(self._enough(*_SEEN), opened, {}).cpu()
+            ranks = self.level_rank.cpu()
+            heads = [LabelHead(seen[r], ranks[r], self.layout) for r in range(self.runs)]
+            self._heads = (state, heads)
+        return self._heads[1]
+
+    def reconciled(self, logits: Tensor, component: Tensor, group: Tensor) -> Tensor:
+        """Logits (runs, rows, W) whose means given the target are those of the tables."""
+        if not self.reconcile:
+            return logits
+        levels, start = list(self.layout.levels), self.offset(component)
+        runs = [
+            torch.cat([corrected(*blocks, group[run]) for blocks in pairs], dim=-1)
+            for run in range(self.runs)
+            for pairs in [
+                zip(logits[run].split(levels, -1), start[run].split(levels, -1), strict=True)
+            ]
+        ]
+        return torch.stack(runs)
+
+    def _labelled(self, codes: Tensor, rng: FleetRng, given: Mapping[int, int]) -> Tensor:
+        """Rows with the target drawn anew given all else, unless it is fixed or has many levels."""
+        target = self.layout.target
+        if not self.reconcile or target in given or not anchored(self.layout) or target is None:
+            return codes
+        if self.layout.columns == 1:
+            return codes
+        offsets, made = rng.uniform(1)[:, 0], codes.clone()
+        for run, head in enumerate(self._label_heads(rng)):
+            rows, prior = codes[run].cpu(), self.prior_logits[run].cpu()
+            blocks = self.given_logits[run].cpu().split(list(self.layout.levels), dim=-1)
+            tables = [prior.softmax(-1)[:, None] * blocks[j].softmax(-1) for j in head.others]
+            scores = head.scores(rows, tables, prior, float(self.noise[run]))
+            drawn = balanced(scores, head.features(rows), float(offsets[run]))
+            made[run, :, target] = drawn.to(made)
+        return made
 
     def conditions(self) -> frozenset[int]:
         """Columns that `sample(given=…)` can fix exactly; the rest need rejection."""
@@ -154,13 +296,32 @@ class Generator(lightning.LightningModule, ABC):
     # -- shared ------------------------------------------------------------------------------
 
     def prepare(
-        self, marginals: Sequence[Marginals], used: Sequence[Tensor], rng: FleetRng
+        self,
+        marginals: Sequence[Marginals],
+        used: Sequence[Tensor],
+        rng: FleetRng,
+        surveyed: Sequence[Any] | None = None,
     ) -> None:
         """Take each run's noisy tables as starting logits; levels never used stay impossible.
 
         Whatever else a family needs to know before the first step follows from these, which are
-        published with it, and from `rng`.
+        published with it, from `rng`, and from what `survey` gave.
         """
+        found = surveyed or [None] * self.runs
+        held = [
+            model.marginals(m, self.layout) if isinstance(model, Mixture) else m
+            for m, model in zip(marginals, found, strict=True)
+        ]
+        self._take_tables(held, used)
+        for run, tables in enumerate(marginals):
+            self.noise[run] = tables.noise
+            blocks = tables.values.split(list(self.layout.levels))
+            ranks = [block.argsort(stable=True).argsort() for block in blocks]
+            self.level_rank[run] = torch.cat(ranks).to(self.level_rank)
+        if self.components:
+            self._take_components(held, used, found)
+
+    def _take_tables(self, marginals: Sequence[Marginals], used: Sequence[Tensor]) -> None:
         prior = torch.stack([m.prior.clamp_min(1e-6).log() for m in marginals])
         given = torch.stack([m.logits(self.layout) for m in marginals])
         mask = torch.stack(list(used))[:, None, :]
@@ -170,10 +331,93 @@ class Generator(lightning.LightningModule, ABC):
         self.prior_logits.copy_(prior)
         self.given_logits.copy_(torch.where(mask, given, _NEVER))
 
-    def offset(self, group: Tensor) -> Tensor:
-        """Starting logits of rows with target levels `group` (runs, rows) -> (runs, rows, W)."""
-        run = torch.arange(self.runs, device=group.device)[:, None]
-        return self.given_logits[run, group]
+    def _take_components(
+        self, marginals: Sequence[Marginals], used: Sequence[Tensor], found: Sequence[Any]
+    ) -> None:
+        for run, (tables, possible, model) in enumerate(zip(marginals, used, found, strict=True)):
+            if not isinstance(model, Mixture):
+                model = Mixture.naive_bayes(tables, self.layout)
+            number = len(model.weight)
+            if number > self.components:
+                raise UsageError(
+                    f"components={self.components}: the tables ask for {number}; raise it"
+                )
+            blocks = model.logits(tables, self.layout).where(possible, _NEVER)
+            blocks = blocks.split(list(self.layout.levels), dim=-1)
+            logits = torch.cat([block.log_softmax(-1) for block in blocks], dim=-1)
+            weight = model.weight.clamp_min(1e-12).log().to(logits)
+            if self.layout.target is not None:  # no component of a target level that cannot occur
+                weight = weight + blocks[self.layout.target].logsumexp(-1)
+            self.weight_logits[run] = _NEVER
+            self.weight_logits[run, :number] = weight.clamp_min(_NEVER)
+            self.component_logits[run, :number] = logits.clamp_min(_NEVER)
+
+    def offset(self, component: Tensor) -> Tensor:
+        """Starting logits of rows of components, or without them of target levels, (runs, rows) ->
+        (runs, rows, W)."""
+        run = torch.arange(self.runs, device=component.device)[:, None]
+        held = self.component_logits if self.components else self.given_logits
+        return held[run, component]
+
+    def component_of(self, codes: Tensor, rng: FleetRng | None) -> Tensor:
+        """A component of each record: codes (runs, rows, D) -> (runs, rows).
+
+        Drawn from its posterior under the starting logits, or without `rng` the likeliest one.
+        Without components it is the target's level.
+        """
+        if not self.components:
+            return self.layout.group_of(codes)
+        logits = self.weight_logits[:, None, :]
+        for column in range(self.layout.columns):
+            logits = logits + self.level_logits(column, codes[..., column])
+        if rng is None:
+            return logits.argmax(-1)
+        return draw_level(logits, rng.uniform(codes.shape[1]))
+
+    def level_logits(self, column: int, level: Tensor) -> Tensor:
+        """Log-probability of a level (runs, rows) under each component (runs, rows, K)."""
+        start, levels = self.layout.offsets[column], self.layout.levels[column]
+        block = self.component_logits[:, :, start : start + levels].mT.contiguous()
+        run = torch.arange(self.runs, device=level.device)[:, None]
+        return block[run, level]
+
+    def draw_components(
+        self, rows: int, rng: FleetRng, given: Mapping[int, int] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Components and target levels of new rows, (runs, rows) both; `given` fixes columns.
+
+        Each component is drawn as often as it is due but for less than one row, in random order.
+        """
+        fixed = given or {}
+        if not self.components:
+            if self.layout.target in fixed:
+                group = self.draw_groups(rows, rng, given)
+            else:
+                share = self.prior_logits.softmax(-1)
+                group = evenly(share, rng.uniform(1)[:, 0], rng.uniform(rows))
+            return group, group
+        weight = self.weight_logits
+        for column, level in fixed.items():
+            at = torch.full((self.runs, 1), level, device=weight.device)
+            weight = weight + self.level_logits(column, at)[:, 0]
+        component = evenly(weight.softmax(-1), rng.uniform(1)[:, 0], rng.uniform(rows))
+        target = self.layout.target
+        if target is None:
+            return component, torch.zeros_like(component)
+        if target in fixed:
+            return component, torch.full_like(component, fixed[target])
+        start = self.layout.offsets[target]
+        block = self.offset(component)[..., start : start + self.layout.groups]
+        return component, draw_level(block, rng.uniform(rows))
+
+    def components_given(self, group: Tensor, rng: FleetRng) -> Tensor:
+        """A component of each target level (runs, rows), drawn from those that have it."""
+        if not self.components:
+            return group
+        logits = self.weight_logits[:, None, :]
+        if self.layout.target is not None:
+            logits = logits + self.level_logits(self.layout.target, group)
+        return draw_level(logits.expand(*group.shape, -1), rng.uniform(group.shape[1]))
 
     def group_one_hot(self, group: Tensor) -> Tensor:
         """Target level as 0/1 features (runs, rows) -> (runs, rows, groups)."""

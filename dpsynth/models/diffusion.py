@@ -17,7 +17,8 @@ from torch import Tensor
 from dpsynth.checks import check_count
 from dpsynth.codec import Layout
 from dpsynth.models.base import Generator
-from dpsynth.networks import Mlp, column_log_likelihood, sample_columns
+from dpsynth.models.reconcile import corrected
+from dpsynth.networks import Mlp, column_log_likelihood, draw_level
 from dpsynth.randomness import FleetRng
 
 __all__ = ["RATES", "Diffusion"]
@@ -64,16 +65,16 @@ class Diffusion(Generator):
         self.network.reset(rng, "denoiser", fan=self.layout.columns)
 
     def conditions(self) -> frozenset[int]:
-        if self.layout.target is None:
+        if self.layout.target is None and not self.components:
             return frozenset(range(self.layout.columns))
         return super().conditions()
 
-    def logits(self, codes: Tensor, hidden: Tensor) -> Tensor:
-        """Scores of every level (..., W) from codes and a mask of hidden columns, both (..., D)."""
+    def logits(self, codes: Tensor, hidden: Tensor, component: Tensor) -> Tensor:
+        """Scores of every level (..., W) from codes and a mask of hidden columns, both (..., D),
+        and components (...)."""
         blank = torch.tensor(self.layout.levels, device=codes.device)
         shown = self.inputs.one_hot(torch.where(hidden, blank, codes), self.prior_logits.dtype)
-        group = self.layout.group_of(codes).flatten(1)
-        start = self.offset(group).unflatten(1, codes.shape[1:-1])
+        start = self.offset(component.flatten(1)).unflatten(1, codes.shape[1:-1])
         return start + self.network(shown)
 
     def record_loss(self, codes: Tensor, rng: FleetRng) -> Tensor:
@@ -86,7 +87,9 @@ class Diffusion(Generator):
         # At least one column is hidden: the one with the smallest draw.
         hidden = (order < rate[..., None]) | (order == order.amin(-1, keepdim=True))
         many = codes[:, :, None].expand(*hidden.shape)
-        fit = column_log_likelihood(self.logits(many, hidden), many, self.layout.levels)
+        component = self.component_of(codes, rng)[..., None].expand(*hidden.shape[:-1])
+        logits = self.logits(many, hidden, component)
+        fit = column_log_likelihood(logits, many, self.layout.levels)
         return -((fit * hidden).sum(-1) / hidden.sum(-1)).mean(-1)
 
     @property
@@ -125,36 +128,42 @@ class Diffusion(Generator):
 
     def _mask_losses(self, codes: Tensor, masks: Tensor) -> Tensor:
         """Mean cross-entropy over the hidden columns (runs, batch, rates, draws)."""
-        losses = []
+        losses, component = [], self.component_of(codes, None)
         for hidden in masks.flatten(0, 1):
-            logits = self.logits(codes, hidden.expand(codes.shape))
+            logits = self.logits(codes, hidden.expand(codes.shape), component)
             fit = column_log_likelihood(logits, codes, self.layout.levels)
             losses.append(-(fit * hidden).sum(-1) / hidden.sum())
         return torch.stack(losses, dim=-1).unflatten(-1, masks.shape[:2])
 
-    def sample(self, rows: int, rng: FleetRng, given: Mapping[int, int] | None = None) -> Tensor:
-        parts = []
-        for number, size in enumerate(self.chunks(rows, 2048)):
-            parts.append(self._unveil(size, rng.at("sample", number), given or {}))
-        return torch.cat(parts, dim=1)
-
-    def _unveil(self, rows: int, rng: FleetRng, given: Mapping[int, int]) -> Tensor:
-        device = self.prior_logits.device
-        codes = torch.zeros(self.runs, rows, self.layout.columns, dtype=torch.long, device=device)
+    def draw(
+        self,
+        component: Tensor,
+        group: Tensor,
+        draws: Tensor,
+        rng: FleetRng,
+        given: Mapping[int, int],
+    ) -> Tensor:
+        """All rows of a run unveil their columns in one random order, whatever is fixed first."""
+        codes = torch.zeros_like(draws, dtype=torch.long)
         hidden = torch.ones_like(codes, dtype=torch.bool)
-        rank = rng.uniform(rows, self.layout.columns)
+        rank = rng.uniform(self.layout.columns)
         if self.layout.target is not None:
-            target = self.layout.target
-            codes[..., target] = self.draw_groups(rows, rng, given)
-            given = {**given, target: -1}  # known now, and different from row to row
+            codes[..., self.layout.target] = group
+            given = {**given, self.layout.target: -1}  # known now, and different from row to row
         for column, level in given.items():
             hidden[..., column], rank[..., column] = False, -1.0
             if level >= 0:
                 codes[..., column] = level
         order = rank.argsort(-1)
+        levels = list(self.layout.levels)
         for place in range(len(given), self.layout.columns):
-            column = order[..., place : place + 1]
-            drawn = sample_columns(self.logits(codes, hidden), self.layout.levels, rng)
-            codes.scatter_(-1, column, drawn.gather(-1, column))
-            hidden.scatter_(-1, column, False)
+            logits = self.logits(codes, hidden, component)
+            start = self.offset(component)
+            for run, column in enumerate(order[:, place].tolist()):
+                block = logits[run].split(levels, -1)[column]
+                if self.reconcile:
+                    tables = start[run].split(levels, -1)[column]
+                    block = corrected(block, tables, group[run])
+                codes[run, :, column] = draw_level(block, draws[run, :, column])
+                hidden[run, :, column] = False
         return codes

@@ -12,7 +12,7 @@ from torch import Tensor
 from dpsynth.checks import check_count, check_positive
 from dpsynth.codec import Layout
 from dpsynth.models.base import Generator
-from dpsynth.networks import Mlp, sample_columns
+from dpsynth.networks import Mlp, columns_at, sample_columns
 from dpsynth.randomness import FleetRng
 
 __all__ = ["Gan"]
@@ -87,10 +87,11 @@ class Gan(Generator):
         maker = self.adam(self.generator, self.generator_lr, betas=(0.5, 0.99))
         return [critic, maker]
 
-    def logits(self, z: Tensor, group: Tensor) -> Tensor:
-        """Logits (runs, rows, W) of noise (runs, rows, latent) and targets (runs, rows)."""
+    def logits(self, z: Tensor, group: Tensor, component: Tensor) -> Tensor:
+        """Logits (runs, rows, W) of noise (runs, rows, latent), targets and components (runs,
+        rows)."""
         features = torch.cat([z, self.group_one_hot(group)], dim=-1)
-        return self.offset(group) + self.generator(features)
+        return self.offset(component) + self.generator(features)
 
     def record_loss(self, codes: Tensor, rng: FleetRng) -> Tensor:
         """softplus(−D(x)) + mean_k softplus(D(fake_k)): the logistic GAN loss (Goodfellow 2014)."""
@@ -98,7 +99,8 @@ class Gan(Generator):
         group = self.layout.group_of(codes)
         with torch.no_grad():
             many = group.repeat_interleave(self.fakes, dim=1)
-            made = self.logits(rng.normal(records * self.fakes, self.latent), many)
+            noise = rng.normal(records * self.fakes, self.latent)
+            made = self.logits(noise, many, self.components_given(many, rng))
             fakes = self.with_target(sample_columns(made, self.layout.levels, rng), many)
             fakes = fakes.unflatten(1, (records, self.fakes))
             both = torch.cat([codes[:, :, None], fakes], dim=2)
@@ -119,8 +121,8 @@ class Gan(Generator):
 
     def public_step(self, rng: FleetRng) -> None:
         """One generator step against the discriminator (touches no rows)."""
-        group = self.draw_groups(self.public_batch, rng, None)
-        logits = self.logits(rng.normal(self.public_batch, self.latent), group)
+        component, group = self.draw_components(self.public_batch, rng, None)
+        logits = self.logits(rng.normal(self.public_batch, self.latent), group, component)
         verdict = self.network(self._straight_through(logits, group, rng)).squeeze(-1)
         loss = F.softplus(-verdict).mean(-1) + self.anchor * self._drift(logits, group)
         weights = list(self.generator.parameters())
@@ -153,11 +155,13 @@ class Gan(Generator):
             blocks.append(hard + soft - soft.detach())
         return torch.cat(blocks, dim=-1)
 
-    def sample(self, rows: int, rng: FleetRng, given: Mapping[int, int] | None = None) -> Tensor:
-        parts = []
-        for number, size in enumerate(self.chunks(rows)):
-            draws = rng.at("sample", number)
-            group = self.draw_groups(size, draws, given)
-            made = self.logits(draws.normal(size, self.latent), group)
-            parts.append(self.with_target(sample_columns(made, self.layout.levels, draws), group))
-        return torch.cat(parts, dim=1)
+    def draw(
+        self,
+        component: Tensor,
+        group: Tensor,
+        draws: Tensor,
+        rng: FleetRng,
+        given: Mapping[int, int],
+    ) -> Tensor:
+        logits = self.logits(rng.normal(group.shape[1], self.latent), group, component)
+        return columns_at(self.reconciled(logits, component, group), self.layout.levels, draws)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dpsynth.checks import check_count, check_positive
 from dpsynth.codec import Layout
 from dpsynth.models.base import Generator
-from dpsynth.networks import Mlp, column_log_likelihood, sample_columns
+from dpsynth.networks import Mlp, column_log_likelihood, columns_at
 from dpsynth.randomness import FleetRng
 
 __all__ = ["Vae"]
@@ -64,9 +64,10 @@ class Vae(Generator):
         assert isinstance(part, Mlp)
         return part
 
-    def decode(self, z: Tensor, group: Tensor) -> Tensor:
-        """Logits (..., W) of latents (runs, rows, [draws,] latent) and targets (runs, rows)."""
-        target, start = self.group_one_hot(group), self.offset(group)
+    def decode(self, z: Tensor, group: Tensor, component: Tensor) -> Tensor:
+        """Logits (..., W) of latents (runs, rows, [draws,] latent), targets and components (runs,
+        rows)."""
+        target, start = self.group_one_hot(group), self.offset(component)
         if z.dim() == 4:
             target, start = target[:, :, None], start[:, :, None]
         features = torch.cat([z, target.expand(*z.shape[:-1], -1)], dim=-1)
@@ -80,7 +81,7 @@ class Vae(Generator):
         log_var = log_var.clamp(-8, 8)
         noise = rng.normal(codes.shape[1], self.draws, self.latent)
         z = mean[:, :, None] + (0.5 * log_var).exp()[:, :, None] * noise
-        logits = self.decode(z, group)
+        logits = self.decode(z, group, self.component_of(codes, rng))
         fit = column_log_likelihood(logits, codes[:, :, None], self.layout.levels)
         kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum(-1)
         return self.beta * kl - fit.sum(-1).mean(-1)
@@ -99,10 +100,12 @@ class Vae(Generator):
         stats = self._part("encoder")(self.layout.one_hot(codes, self.prior_logits.dtype))
         mean, log_var = stats.chunk(2, dim=-1)
         log_var = log_var.clamp(-8, 8)
+        component = self.component_of(codes, None)
         fits, weights = [], []
         for noise in rng.normal(draws, self.latent)[0].to(mean):
             z = mean + (0.5 * log_var).exp() * noise
-            fit = column_log_likelihood(self.decode(z, group), codes, self.layout.levels).sum(-1)
+            made = self.decode(z, group, component)
+            fit = column_log_likelihood(made, codes, self.layout.levels).sum(-1)
             # log N(z; 0, I) − log N(z; mean, var): the constants cancel.
             gap = 0.5 * (noise.square() + log_var - z.square()).sum(-1)
             fits.append(fit)
@@ -111,11 +114,13 @@ class Vae(Generator):
         kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).sum(-1)
         return torch.stack([-bound, -torch.stack(fits).mean(0), -kl], dim=-1)
 
-    def sample(self, rows: int, rng: FleetRng, given: Mapping[int, int] | None = None) -> Tensor:
-        parts = []
-        for number, size in enumerate(self.chunks(rows)):
-            draws = rng.at("sample", number)
-            group = self.draw_groups(size, draws, given)
-            logits = self.decode(draws.normal(size, self.latent), group)
-            parts.append(self.with_target(sample_columns(logits, self.layout.levels, draws), group))
-        return torch.cat(parts, dim=1)
+    def draw(
+        self,
+        component: Tensor,
+        group: Tensor,
+        draws: Tensor,
+        rng: FleetRng,
+        given: Mapping[int, int],
+    ) -> Tensor:
+        logits = self.decode(rng.normal(group.shape[1], self.latent), group, component)
+        return columns_at(self.reconciled(logits, component, group), self.layout.levels, draws)

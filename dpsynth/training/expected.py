@@ -26,15 +26,15 @@ def expected_events(recipe: Recipe, schema: Schema, plan: PrivacyPlan) -> list[E
     events = list(plan.spent)
     if plan.private and plan.shares.get("rows", 0.0) > 0:
         events.append(gaussian_event("rows", plan.mu("rows")))
-    measured = Codec.measured_columns(schema, **settings)
-    mu = plan.mu("codec") / math.sqrt(max(1, 2 * len(measured)))
-    for column in measured:
-        kinds = ("heaps", "bins") if settings["heaps"] else ("bins",)
-        events += [gaussian_event(f"{kind}:{column.name}", mu) for kind in kinds]
+    asked = Codec.questions(schema, **settings)
+    mu = plan.mu("codec") / math.sqrt(max(1, sum(parts for _, parts in asked)))
+    events += [gaussian_event(what, mu * math.sqrt(parts)) for what, parts in asked]
     layout = Layout.of(schema, **settings)
-    mu = plan.mu("marginals") / math.sqrt(Marginals.tables(layout))
+    mu = plan.mu("marginals") / math.sqrt(Marginals.asked(layout))
     counted = [n for n in schema.names if n != schema.target or layout.columns == 1]
     events += [gaussian_event(f"marginal:{name}", mu) for name in counted]
+    if plan.shares.get("tables", 0.0) > 0:
+        events.append(gaussian_event("tables", plan.mu("tables")))
     if FAMILIES[recipe.model].trained and plan.steps:
         events.append(plan.training_event(f"dpsgd:{recipe.model}"))
     return events

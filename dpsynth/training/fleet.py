@@ -115,7 +115,12 @@ def _train(
     rng = _rng(recipes[0], keys, secure)
     start = FleetRng(keys, secure=secure)
     generator.reset(start)
-    generator.prepare([m.marginals for m in measured], [m.codec.used for m in measured], start)
+    generator.prepare(
+        [m.marginals for m in measured],
+        [m.codec.used for m in measured],
+        start,
+        [m.surveyed for m in measured],
+    )
     if generator.trained and any(m.plan.steps for m in measured):
         for m in measured:
             _pay_training(m, recipes[0].model)

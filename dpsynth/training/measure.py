@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from dpsynth.privacy.mechanisms import Measurer
 from dpsynth.privacy.plan import PrivacyPlan
 from dpsynth.randomness import Stream, keyed_stream, secure_stream
 from dpsynth.rows import MappedRows, read_rows, write_rows
+from dpsynth.survey import Survey
 from dpsynth.training.recipe import FAMILIES, Recipe, Seat, captured, codec_settings, plan_of
 
 __all__ = ["Measured", "measure", "row_folder", "stacked"]
@@ -36,13 +38,24 @@ _SMALL = 1 << 28
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A seat after everything that reads rows outside of DP-SGD."""
+    """A seat after everything that reads rows outside of DP-SGD.
+
+    Attributes:
+        plan: Calibrated.
+        ledger: What was paid so far.
+        codec: Fitted.
+        codes: Encoded rows, in pieces.
+        marginals: Label × column tables.
+        surveyed: What the family made of the tables that it chose itself, if it has a share for
+            them.
+    """
 
     plan: PrivacyPlan
     ledger: Ledger
     codec: Codec
     codes: Sequence[Tensor]
     marginals: Marginals
+    surveyed: Any = None
 
     @property
     def rows(self) -> int:
@@ -110,16 +123,22 @@ def measure(
         ledger.pay(event)
     rows = _public_rows(seat, rough, ledger, key, measurer)
     plan = plan_of(recipe, seat, rows).calibrate()
-    columns = Codec.measured_columns(seat.table.schema, **codec_settings(recipe))
-    answers = measurer(ledger, plan.mu("codec"), 2 * len(columns), _stream(plan, key, "codec"))
+    asked = Codec.questions(seat.table.schema, **codec_settings(recipe))
+    parts = sum(share for _, share in asked)
+    answers = measurer(ledger, plan.mu("codec"), parts, _stream(plan, key, "codec"))
     codec = Codec.fit(seat.table, answers, rows=rows, **codec_settings(recipe))
     codes = list(_encoded(codec, seat.table)) if file is None else _written(codec, seat.table, file)
-    parts = Marginals.tables(codec.layout)
+    parts = Marginals.asked(codec.layout)
     answers = measurer(ledger, plan.mu("marginals"), parts, _stream(plan, key, "marginals"))
     marginals = Marginals.measure(
         codes, codec.layout, codec.used, answers, codec.schema.names, codec.values
     )
-    return Measured(plan, ledger, codec, codes, marginals)
+    surveyed = None
+    if plan.shares.get("tables", 0.0) > 0:
+        purse = measurer(ledger, plan.mu("tables"), 1, _stream(plan, key, "tables")).purse("tables")
+        survey = Survey(codes, codec.layout, codec.used, marginals, purse)
+        surveyed = FAMILIES[recipe.model].survey(survey, plan, recipe.options, recipe.device)
+    return Measured(plan, ledger, codec, codes, marginals, surveyed)
 
 
 def _check_bounded(table: Table, recipe: Recipe) -> None:

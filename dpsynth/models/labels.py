@@ -1,0 +1,115 @@
+"""Labels: the target given all other columns of synthetic rows, and draws of it that are balanced.
+
+A generator's rows say of the target what noisy tables and clipped gradients say, and each label
+drawn adds noise of its own. Both are lowered after the fact, which touches no private row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.tree import DecisionTreeRegressor
+from torch import Tensor
+
+from dpsynth.codec import Layout
+from dpsynth.models.additive import additive_logits
+
+__all__ = ["LabelHead", "balanced"]
+
+# Boosted trees as usual, and rows of a leaf within which labels are balanced.
+_TREES, _RATE, _RIDGE, _LEAF = 120, 0.08, 1.0, 8
+# Golden section: of all irrational steps the one whose multiples are spread most evenly.
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+class LabelHead:
+    """Scores of the target's levels: the mean of two models' scores, whose errors differ.
+
+    One is additive and fitted to the noisy label × column tables themselves (`additive_logits`);
+    the other, boosted trees fitted to rows that the generator drew, knows what the generator knows
+    of interactions but not the noise that single rows of it carry.
+
+    Args:
+        rows: Codes that the generator drew, the target included (rows, D).
+        rank: Place of each level in its column's order (W,).
+        layout: Public shape, with a target.
+    """
+
+    def __init__(self, rows: Tensor, rank: Tensor, layout: Layout) -> None:
+        assert layout.target is not None
+        self.layout, self._rank, self.target = layout, rank, layout.target
+        self.others = [j for j in range(layout.columns) if j != self.target]
+        self._trees = HistGradientBoostingClassifier(
+            max_iter=_TREES,
+            learning_rate=_RATE,
+            l2_regularization=_RIDGE,
+            early_stopping=False,
+            random_state=0,
+        )
+        seen = rows[:, self.target].numpy()
+        self._classes = np.unique(seen)
+        if len(self._classes) > 1:
+            self._trees.fit(self.features(rows), seen)
+
+    def features(self, codes: Tensor) -> np.ndarray:
+        """All columns but the target by the places of their levels (rows, D - 1)."""
+        places = codes + torch.tensor(self.layout.offsets)
+        return self._rank[places][:, self.others].numpy()
+
+    def scores(
+        self, codes: Tensor, tables: Sequence[Tensor], prior_logits: Tensor, noise: float
+    ) -> Tensor:
+        """Unnormalised logits (rows, groups).
+
+        Args:
+            codes: Rows to be labelled; enough of them for means (rows, D).
+            tables: Shares of all rows by target level and level, one a column but the target.
+            prior_logits: Log of the target's shares (groups,).
+            noise: Standard deviation of a cell's noise, as a share of all rows.
+        """
+        columns = [codes[:, j] for j in self.others]
+        additive = additive_logits(columns, tables, prior_logits, noise).log_softmax(-1)
+        scores = (additive + self._boosted(codes, additive)) / 2
+        # On the whole each level is as frequent as the tables say.
+        for _ in range(10):
+            share = scores.softmax(-1).mean(0)
+            prior = prior_logits.softmax(-1)
+            scores = scores + (prior.clamp_min(1e-9) / share.clamp_min(1e-9)).log()
+        return scores
+
+    def _boosted(self, codes: Tensor, additive: Tensor) -> Tensor:
+        """Log-probabilities by the trees (rows, groups); of one level alone they know nothing."""
+        if len(self._classes) < 2:
+            return additive
+        known = torch.from_numpy(self._trees.predict_proba(self.features(codes))).to(additive)
+        boosted = torch.full_like(additive, -30.0)
+        boosted[:, torch.from_numpy(self._classes)] = known.clamp_min(1e-9).log()
+        return boosted
+
+
+def balanced(scores: Tensor, features: np.ndarray, offset: float) -> Tensor:
+    """A level for each row by its probabilities, so that rows that are alike have them in the
+    right shares (rows,).
+
+    Rows are put in the order of the leaves of a tree that explains their scores, and levels are
+    drawn by inverting their distributions at steps of the golden section: each draw is uniform
+    over `offset`, neighbours' draws are spread evenly.
+
+    Args:
+        scores: Unnormalised logits (rows, groups).
+        features: What rows are alike by (rows, features).
+        offset: One uniform draw.
+    """
+    shares = scores.double().softmax(-1)
+    tree = DecisionTreeRegressor(min_samples_leaf=_LEAF, random_state=0)
+    leaf = tree.fit(features, scores.double().log_softmax(-1).clamp_min(-12).numpy()).apply(
+        features
+    )
+    order = torch.from_numpy(np.lexsort((shares[:, -1].numpy(), leaf)))
+    draws = torch.empty(len(shares), dtype=torch.float64)
+    draws[order] = (offset + torch.arange(len(shares), dtype=torch.float64) * _GOLDEN) % 1
+    reached = shares.cumsum(-1) <= draws.clamp(max=1 - 1e-12)[:, None]
+    return reached.sum(-1).clamp(max=scores.shape[1] - 1)
