@@ -18,6 +18,7 @@ from dpsynth.randomness import fresh_key, stream
 from dpsynth.schema import Schema
 from dpsynth.training.callbacks import default_callbacks
 from dpsynth.training.fleet import train_fleet
+from dpsynth.training.planner import AUTO, family_of
 from dpsynth.training.recipe import Recipe, Seat
 from dpsynth.training.run import Run
 
@@ -30,7 +31,7 @@ def fit(
     schema: Schema | str | Path | None = None,
     epsilon: float,
     delta: float = 1e-5,
-    model: str = "diffusion",
+    model: str = AUTO,
     seed: int | None = None,
     options: Mapping[str, Any] | None = None,
     progress: bool = True,
@@ -44,7 +45,8 @@ def fit(
         schema: Public facts, or the path of a schema file; needed unless `data` is a `Table`.
         epsilon: Target ε; `math.inf` for none.
         delta: Target δ, below 1 / rows.
-        model: `autoregressive`, `vae`, `gan`, `diffusion`, `naive_bayes` or `independent`.
+        model: A family: `autoregressive`, `vae`, `gan`, `diffusion`, `mixture`, `naive_bayes`, …;
+            `auto` for the one that suits ε, the schema and its number of rows.
         seed: Fixed seed; leave it out for anything that is to be released.
         options: Settings of the family.
         progress: Whether to show steps, ε spent and time left on standard error.
@@ -52,10 +54,12 @@ def fit(
             `contributions` where a person has several rows; `secure` for noise from the operating
             system's entropy through AES-256.
     """
-    recipe = Recipe(model, options or {}, {"delta": delta, **privacy})
+    unit, given = privacy.get("unit", "record"), {"delta": delta, **privacy}
+    chosen, table = {}, _table(data, schema, None if unit == "record" else unit)
+    if model == AUTO:
+        model, chosen = family_of(table.schema, epsilon, given, {})
+    recipe = Recipe(model, {**chosen, **(options or {})}, given)
     callbacks = default_callbacks(model, None, Console(stderr=True)) if progress else ()
-    unit = privacy.get("unit", "record")
-    table = _table(data, schema, None if unit == "record" else unit)
     if unit != "record":
         key = fresh_key() if seed is None else seed
         table = table.bounded(privacy.get("contributions", 1), stream(key, "unit"))

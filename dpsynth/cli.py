@@ -58,6 +58,7 @@ from dpsynth.release.card import card
 from dpsynth.release.verify import verify
 from dpsynth.schema import Schema
 from dpsynth.suite.run import SUITES, Setting, audit_run
+from dpsynth.training.planner import AUTO, family_of
 from dpsynth.training.recipe import Recipe, epsilon_for
 from dpsynth.training.release import check_release
 from dpsynth.training.run import Run
@@ -222,7 +223,8 @@ def point_of(cfg: DictConfig, members: Table | None = None, variant: str = "") -
 
     Args:
         cfg: The configuration.
-        members: Rows to train on; their schema turns a `privacy.target` into an ε.
+        members: Rows to train on; their schema turns a `privacy.target` into an ε and
+            `model=auto` into a family.
         variant: What sets its recipe apart from others of its family.
     """
     plain = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
@@ -238,20 +240,45 @@ def point_of(cfg: DictConfig, members: Table | None = None, variant: str = "") -
     training = {name: value for name, value in plain["training"].items() if name != "memory"}
     if "precision" in training:
         training["precision"] = str(training["precision"])  # a number to whoever types 32
-    recipe = Recipe(
-        plain["model"]["name"],
-        plain["model"]["options"],
-        privacy,
-        plain["codec"],
-        **training,
-    )
     memory_of(cfg)
     if seed is not None:
         check_count("seed", seed, least=0)
-    epsilon = _epsilon(recipe, given, target, members)
+    name, options = plain["model"]["name"], plain["model"]["options"]
+
+    def made(family: str, settings: Mapping[str, Any]) -> Recipe:
+        return Recipe(family, settings, privacy, plain["codec"], **training)
+
+    if name == AUTO:
+        recipe, epsilon = _suited(made, options, given, target, members)
+    else:
+        recipe = made(name, options)
+        epsilon = _epsilon(recipe, given, target, members)
     if plain["release"]:
         check_release(recipe, epsilon, seed, None if members is None else members.schema)
     return Point(recipe, epsilon, seed, variant)
+
+
+def _suited(
+    made: Callable[[str, Mapping[str, Any]], Recipe],
+    options: Mapping[str, Any],
+    given: object,
+    target: dict[str, Any],
+    members: Table | None,
+) -> tuple[Recipe, float]:
+    """Recipe of the planner's family, as its own file has it but for the options that are given,
+    and its ε."""
+    if members is None:
+        raise UsageError("model=auto: needs the table it is to suit")
+
+    def recipe_of(family: str, chosen: Mapping[str, Any]) -> Recipe:
+        usual = yaml.safe_load((CONF / "model" / f"{family}.yaml").read_text(encoding="utf-8"))
+        return made(family, {**usual["options"], **chosen, **options})
+
+    # A target in other terms gives an ε once there is a family; an ε gives the family.
+    recipe = recipe_of("autoregressive", {})
+    epsilon = _epsilon(recipe, given, target, members)
+    suited = recipe_of(*family_of(members.schema, epsilon, recipe.privacy, recipe.codec))
+    return suited, _epsilon(suited, given, target, members)
 
 
 def _epsilon(recipe: Recipe, given: object, target: dict[str, Any], members: Table | None) -> float:

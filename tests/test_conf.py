@@ -13,9 +13,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from omegaconf import OmegaConf
-from tiny import SCHEMA, frame
+from tiny import SCHEMA, frame, table
 
 import dpsynth
+from dpsynth.baselines.marginal import NaiveBayes
 from dpsynth.checks import UsageError
 from dpsynth.cli import (
     CONF,
@@ -31,8 +32,9 @@ from dpsynth.data import Split, Table
 from dpsynth.frontier.sweep import Judging, run_sweep
 from dpsynth.launcher import FleetLauncher
 from dpsynth.models import Generator
-from dpsynth.privacy.plan import PrivacyPlan
-from dpsynth.training.recipe import FAMILIES, SHARES, Recipe, Seat, check_seat
+from dpsynth.privacy.plan import STAGES, PrivacyPlan
+from dpsynth.training.planner import AUTO, CODEC
+from dpsynth.training.recipe import FAMILIES, Recipe, Seat, check_seat
 
 FILES = sorted(path.relative_to(CONF) for path in CONF.glob("*/*.yaml"))
 
@@ -63,7 +65,7 @@ def test_every_file_composes_into_a_run_that_can_start(
     path: Path, mine: list[str], adult: Table, tmp_path: Path
 ) -> None:
     cfg = configure(choice(path, mine))
-    point = point_of(cfg)
+    point = point_of(cfg, adult)
     for epsilon in (point.epsilon, math.inf):
         check_seat(point.recipe, Seat(adult, epsilon, point.seed))
     assert isinstance(judging_of(cfg), Judging)
@@ -74,20 +76,20 @@ def test_every_file_composes_into_a_run_that_can_start(
 def test_every_recipe_of_every_grid_can_start(path: Path, adult: Table) -> None:
     grid = body(path).get("grid", {})
     points = [
-        point_of(cfg, variant)
+        point_of(cfg, adult, variant)
         for cfg, variant in expand([f"+experiment={path.stem}", "privacy.epsilon=1", "seed=0"])
     ]
     for point in points:
         for epsilon in grid.get("privacy.epsilon", [1]):
             check_seat(point.recipe, Seat(adult, float(epsilon), 0))
     for seed in grid.get("seed", [0]):
-        assert point_of(configure([f"seed={seed}"])).seed == seed
+        assert point_of(configure([f"seed={seed}"]), adult).seed == seed
     assert len({point.name for point in points}) == len(points)
 
 
 def test_every_model_has_a_file_and_every_file_a_model() -> None:
     files = {path.stem: body(path)["name"] for path in FILES if path.parts[0] == "model"}
-    assert files == {name: name for name in FAMILIES}
+    assert files == {name: name for name in (AUTO, *FAMILIES)}
 
 
 def test_the_file_of_a_table_of_ones_own_reads_it(mine: list[str]) -> None:
@@ -157,8 +159,13 @@ def test_options_are_the_familys_own_defaults(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", [name for name, f in FAMILIES.items() if not f.trained])
-def test_a_baseline_has_nothing_to_set(model: str) -> None:
-    assert body(Path("model", f"{model}.yaml"))["options"] == {}
+def test_a_baseline_has_only_what_is_its_own_to_set(model: str) -> None:
+    family, shared = FAMILIES[model], NaiveBayes.__mro__[1]
+    own = family.__mro__[: family.__mro__.index(shared)]
+    found = defaults(*(part.__init__ for part in own if "__init__" in vars(part)))
+    assert body(Path("model", f"{model}.yaml"))["options"] == {
+        k: listed(v) for k, v in found.items()
+    }
 
 
 def test_privacy_is_what_the_plan_would_take() -> None:
@@ -166,9 +173,9 @@ def test_privacy_is_what_the_plan_would_take() -> None:
     own, fit = defaults(PrivacyPlan), defaults(dpsynth.fit)
     assert held["batch"] is held["steps"] is None
     assert held["delta"] == fit["delta"]
-    assert held["shares"] == SHARES
+    assert held["shares"] == dict.fromkeys(STAGES), "the planner's"
     assert held["clip"] is None
-    assert held["epsilon"] is None and point_of(configure([])).epsilon == 1.0
+    assert held["epsilon"] is None and point_of(configure([]), table()).epsilon == 1.0
     for name in ("unit", "contributions"):
         assert held[name] == own[name]
     assert set(held) - {"epsilon", "target"} < set(own) | {"delta", "rows"}
@@ -180,7 +187,7 @@ def test_the_recipes_settings_are_its_defaults() -> None:
     assert training.pop("memory") is None is defaults(run_sweep)["memory"]
     assert training == {k: v for k, v in own.items() if k not in ("options", "privacy", "codec")}
     codec = body(Path("codec/default.yaml"))
-    assert codec == {name: defaults(Codec.fit)[name] for name in ("bins", "heaps")}
+    assert codec == CODEC == {name: defaults(Codec.fit)[name] for name in ("bins", "heaps")}
 
 
 def test_judging_is_what_the_sweep_would_take() -> None:
@@ -205,13 +212,14 @@ def test_the_default_family_is_the_one_of_fit() -> None:
 
 
 def test_the_default_recipe_is_the_one_that_python_spells_out() -> None:
-    point = point_of(configure([]))
+    point = point_of(configure([]), table())
     assert point.seed is None
-    family = FAMILIES["diffusion"]
+    family = FAMILIES["autoregressive"]
     own = {k: listed(v) for k, v in defaults(family.__init__, Generator.__init__).items()}
     assert point.recipe.options == own
-    privacy = {"delta": 1e-5, "shares": SHARES, "clip": None, "batch": None, "steps": None}
-    spelled = Recipe("diffusion", own, privacy, {"bins": 32, "heaps": 16})
+    shares = dict.fromkeys(STAGES)
+    privacy = {"delta": 1e-5, "shares": shares, "clip": None, "batch": None, "steps": None}
+    spelled = Recipe("autoregressive", own, privacy, {"bins": 20, "heaps": 16})
     assert point.recipe.digest() == spelled.digest()
 
 
@@ -244,7 +252,7 @@ def test_every_file_says_what_it_is_and_every_key_what_it_means(path: Path) -> N
 
 
 def cells(*overrides: str) -> list[tuple[str, float, int | None]]:
-    points = [point_of(cfg) for cfg, _ in expand(overrides)]
+    points = [point_of(cfg, table()) for cfg, _ in expand(overrides)]
     return [(point.recipe.model, point.epsilon, point.seed) for point in points]
 
 
@@ -256,7 +264,8 @@ def test_lists_and_ranges_span_a_grid() -> None:
         for seed in (0, 1)
     ]
     assert cells("model=vae", "seed=3") == [("vae", 1.0, 3)]
-    assert cells("privacy.epsilon=.5,1e1") == [("diffusion", 0.5, None), ("diffusion", 10.0, None)]
+    both = [("autoregressive", 0.5, None), ("autoregressive", 10.0, None)]
+    assert cells("privacy.epsilon=.5,1e1") == cells("model=auto", "privacy.epsilon=.5,1e1") == both
 
 
 def test_a_list_may_hold_lists() -> None:

@@ -32,6 +32,7 @@ def test_wheel_holds_every_module_and_embedded_table(wheel):
     inside = set(wheel.namelist())
     wanted = [*(ROOT / "dpsynth").rglob("*.py"), *(ROOT / "dpsynth" / "datasets").glob("adult.*")]
     wanted.append(ROOT / "dpsynth" / "datasets" / "ATTRIBUTION.md")
+    wanted.append(ROOT / "dpsynth" / "training" / "planner.json")
     assert {path.relative_to(ROOT).as_posix() for path in wanted} <= inside
 
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny import OPTIONS, SCHEMA, recipe, seat
+from tiny import HERE, OPTIONS, SCHEMA, recipe, seat
 
 from dpsynth.checks import UsageError
 from dpsynth.devices import free_memory
 from dpsynth.training import packing
 from dpsynth.training.packing import FEW, GIB, OVERHEAD, Need, capacity, cost, pack, upper_bound
-from dpsynth.training.recipe import FAMILIES, Recipe, Seat
+from dpsynth.training.recipe import Recipe, Seat
 
 SEAT = seat()
 EACH = Need(0.0, float(GIB))
@@ -182,7 +182,7 @@ def test_a_probe_finds_what_can_be_counted() -> None:
 
 
 @pytest.mark.parametrize("engine", ["taps", "opacus_hooks"])
-@pytest.mark.parametrize("model", FAMILIES)
+@pytest.mark.parametrize("model", HERE)
 def test_no_run_exceeds_the_upper_bound(model: str, engine: str) -> None:
     """Of every family, with layers wide enough to be seen; 2 MiB are for libraries here."""
     options = {"hidden": [128, 128]} if "hidden" in OPTIONS[model] else {}

@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load as load_tensors
-from tiny import ROWS, SCHEMA, frame, recipe, seat, table
+from tiny import HERE, ROWS, SCHEMA, frame, recipe, seat, table
 
 from dpsynth.artifacts import FORMAT, MANIFEST
 from dpsynth.checks import UsageError
@@ -31,7 +31,7 @@ from dpsynth.training.fleet import train_fleet
 from dpsynth.training.recipe import FAMILIES, Seat
 from dpsynth.training.run import Run
 
-MODELS = list(FAMILIES)
+MODELS = HERE
 FILES = {"config.yaml", "schema.json", "codec.json", "ledger.json", "model.safetensors", MANIFEST}
 
 

@@ -116,7 +116,7 @@ def test_a_sound_run_holds(sound: Path) -> None:
     assert verdict.protected and verdict.run == "run"
     assert 0.99 < verdict.epsilon <= verdict.target == 1.0
     assert verdict.epsilon <= verdict.second <= verdict.epsilon * 1.01 + 0.02
-    assert (verdict.steps, verdict.events, verdict.delta) == (5, 8, 1e-5)
+    assert (verdict.steps, verdict.events, verdict.delta) == (5, 7, 1e-5)
     assert verdict.unchecked == ("notes.txt",)
     assert "ε=1.0000" in verdict.line and "\n" not in verdict.line
 
@@ -351,7 +351,7 @@ def codec_column(**change: Any) -> Callable[[Forger], None]:
 FORGED: dict[str, Callable[[Forger], None]] = {
     "σ of DP-SGD doubled": scaled("dpsgd", 2.0),
     "σ of DP-SGD halved": scaled("dpsgd", 0.5),
-    "σ of a codec event": scaled("bins:age", 1.01),
+    "σ of a codec event": scaled("cells:age", 1.01),
     "σ of a marginal": scaled("marginal:job", 0.99),
     "σ in plan and ledger": both_sigma(1.1),
     "a smaller σ in plan and ledger": both_sigma(0.9),

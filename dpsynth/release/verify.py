@@ -316,7 +316,8 @@ def _check_codec(run: Run) -> None:
 
 
 def _sound(coder: NumericCoder) -> bool:
-    """Whether leaves tile the grid, bins ascend, and heaps are different spots."""
+    """Whether leaves tile the grid (a short one cell by cell) and hold all the rows at most, bins
+    ascend, and heaps are different spots."""
     grid = Grid.of(coder.column)
     starts, mass, bins, heaps = coder.starts, coder.mass, coder.leaf_bin, coder.heaps
     return bool(
@@ -325,8 +326,10 @@ def _sound(coder: NumericCoder) -> bool:
         and starts[0] == 0
         and (np.diff(starts) > 0).all()
         and starts[-1] < grid.cells
+        and (len(starts) == grid.cells or not grid.short)
         and np.isfinite(mass).all()
         and (mass >= 0).all()
+        and mass.sum() <= 1 + _SAME
         and ((bins >= 0) & (bins < coder.bins)).all()
         and (np.diff(bins) >= 0).all()
         and len(heaps) <= coder.slots

@@ -10,7 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from dpsynth.baselines.marginal import Independent, NaiveBayes
+from dpsynth.baselines.copula import Copula
+from dpsynth.baselines.graphical import Aim, Mst
+from dpsynth.baselines.marginal import Independent, MixtureOfProducts, NaiveBayes
+from dpsynth.baselines.tree import Tree
 from dpsynth.checks import UsageError, check_choice, check_count, check_positive
 from dpsynth.codec import Codec, Layout
 from dpsynth.data import Table
@@ -22,10 +25,10 @@ from dpsynth.privacy.plan import NoPrivacy, PrivacyPlan, check_shares
 from dpsynth.privacy.precision import PRECISIONS
 from dpsynth.privacy.targets import Target
 from dpsynth.privacy.targets import epsilon_for as target_epsilon
+from dpsynth.training.planner import CODEC, SHARES, budget, shares_of
 
 __all__ = [
     "FAMILIES",
-    "SHARES",
     "Recipe",
     "Seat",
     "build",
@@ -39,13 +42,22 @@ __all__ = [
 ]
 
 _PRIVACY = frozenset(PrivacyPlan.__dataclass_fields__) - {"epsilon", "rows", "sigma", "spent"}
-_CODEC = {"bins": 32, "heaps": 16}
-# Parts of the squared Gaussian budget; a noisy row count is only taken where none is declared.
-SHARES = {"rows": 0.01, "codec": 0.1, "marginals": 0.3}
 
 FAMILIES: dict[str, type[Generator]] = {
     family.family: family
-    for family in (Autoregressive, Vae, Gan, Diffusion, Independent, NaiveBayes)
+    for family in (
+        Autoregressive,
+        Vae,
+        Gan,
+        Diffusion,
+        Independent,
+        NaiveBayes,
+        MixtureOfProducts,
+        Tree,
+        Copula,
+        Mst,
+        Aim,
+    )
 }
 
 
@@ -100,8 +112,9 @@ class Recipe:
         for name in self.privacy:
             check_choice("privacy setting", name, _PRIVACY)
         for name in self.codec:
-            check_choice("codec setting", name, _CODEC)
-        check_shares(_check_mapping("privacy.shares", self.privacy.get("shares", {})))
+            check_choice("codec setting", name, CODEC)
+        shares = _check_mapping("privacy.shares", self.privacy.get("shares", {}))
+        check_shares({name: share for name, share in shares.items() if share is not None})
         self._check_capture()
 
     def _check_capture(self) -> None:
@@ -196,7 +209,15 @@ def check_seat(recipe: Recipe, seat: Seat) -> None:
 
 def codec_settings(recipe: Recipe) -> dict[str, int]:
     """`bins` and `heaps` of a recipe, defaults filled in."""
-    return {**_CODEC, **recipe.codec}
+    return {**CODEC, **recipe.codec}
+
+
+def surveys(recipe: Recipe) -> bool:
+    """Whether the recipe's family asks for tables of its own choice."""
+    family = FAMILIES[recipe.model]
+    places = (inspect.signature(part.__init__).parameters for part in family.__mro__[:-1])
+    usual = next(place["components"].default for place in places if "components" in place)
+    return family.surveys or bool(recipe.options.get("components", usual))
 
 
 def plan_of(recipe: Recipe, seat: Seat, rows: int) -> PrivacyPlan:
@@ -204,26 +225,43 @@ def plan_of(recipe: Recipe, seat: Seat, rows: int) -> PrivacyPlan:
     what the recipe does not name, or names as `None`, is what suits the family."""
     family, schema = FAMILIES[recipe.model], seat.table.schema
     settings = {name: value for name, value in recipe.privacy.items() if value is not None}
-    shares = {**SHARES, **settings.pop("shares", {})}
+    given = {k: v for k, v in settings.pop("shares", {}).items() if v is not None}
+    settings.setdefault("clip", family.clip)
+    settings.setdefault("delta", 1e-5)
+    of = {"unit": settings.get("unit", "record"), "contributions": settings.get("contributions", 1)}
+    settings["spent"] = tuple(spent_events(schema, **of))
+    if not family.trained:
+        settings["steps"] = 0
+    if math.isinf(seat.epsilon):
+        plan = NoPrivacy(rows, **settings)
+    else:
+        plan = PrivacyPlan(epsilon=seat.epsilon, rows=rows, **settings)
+    plan = replace(plan, shares=_shares(recipe, seat, plan, given))
+    suited = family.planned(plan, len(schema.columns))
+    return replace(plan, **{k: v for k, v in suited.items() if k not in settings})
+
+
+def _shares(
+    recipe: Recipe, seat: Seat, plan: PrivacyPlan, given: Mapping[str, float]
+) -> dict[str, float]:
+    """Parts of the squared budget: what is given, else what the planner says; 0 for what is not
+    asked."""
+    schema, choosing = seat.table.schema, surveys(recipe)
+    layout = Layout.of(schema, **codec_settings(recipe))
+    mu = budget(plan.epsilon, plan.delta, plan.spent, plan.contributions)
+    shares = {**(shares_of(layout, mu, plan.rows) if choosing else SHARES), **given}
     if schema.expected_rows is not None or not math.isfinite(seat.epsilon):
         shares["rows"] = 0.0
     elif shares["rows"] <= 0:
         raise UsageError("privacy.shares.rows=0: declare expected_rows in the schema or pay for it")
     if not Codec.measured_columns(schema, **codec_settings(recipe)):
         shares["codec"] = 0.0
-    if not family.trained:
-        settings["steps"] = 0
-        shares["marginals"] = 1 - shares["rows"] - shares["codec"]
-    settings.setdefault("clip", family.clip)
-    settings.setdefault("delta", 1e-5)
-    of = {"unit": settings.get("unit", "record"), "contributions": settings.get("contributions", 1)}
-    settings["spent"] = tuple(spent_events(schema, **of))
-    if math.isinf(seat.epsilon):
-        plan = NoPrivacy(rows, shares=shares, **settings)
-    else:
-        plan = PrivacyPlan(epsilon=seat.epsilon, rows=rows, shares=shares, **settings)
-    suited = family.planned(plan, len(schema.columns))
-    return replace(plan, **{k: v for k, v in suited.items() if k not in settings})
+    if not choosing:
+        shares["tables"] = 0.0
+    if not FAMILIES[recipe.model].trained:
+        rest = "tables" if choosing else "marginals"
+        shares[rest] = 1 - sum(share for name, share in shares.items() if name != rest)
+    return shares
 
 
 def epsilon_for(recipe: Recipe, table: Table, target: Target) -> float:
