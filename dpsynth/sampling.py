@@ -74,7 +74,8 @@ def sample_table(
     have = 0
     for attempt in range(_ATTEMPTS):
         need = rows - have
-        size = rows if attempt == 0 else min(max(2 * need, 256), 4 * rows + 256)
+        # As many as the last attempt hints at, and more from one to the next: few may meet it.
+        size = min(max(2 * need, 256), 4 * rows + 256) << min(attempt, 4) if attempt else rows
         codes = generator.sample(size, FleetRng([derive(key, "rows", attempt)]), given)[0]
         table = codec.decode(codes, stream(key, "decode", attempt))
         table = table.take(np.flatnonzero(_meets(table, wanted)))

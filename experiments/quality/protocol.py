@@ -73,8 +73,8 @@ def judged(
     """Figures of one synthetic table, and the floors."""
     rng = np.random.default_rng(0)
     found = evaluate(made, train=rows, holdout=held, rng=rng, max_rows=MAX_ROWS, floors=floors)
-    known = {n: round(found.metrics[m], 5) for n, m in FIGURES.items() if m in found.metrics}
-    return known, found.floors
+    known = found.floors if made is held else found.metrics
+    return {n: round(known[m], 5) for n, m in FIGURES.items() if m in known}, found.floors
 
 
 def sampled(run: Trained, rows: int) -> Table:
@@ -104,7 +104,12 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder with catalog.json and the tables")
     parser.add_argument("out", type=Path, help="file of JSON lines; it grows")
     parser.add_argument("--tables", nargs="+", required=True)
-    parser.add_argument("--models", nargs="+", required=True, help="families; `floor` is real rows")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        required=True,
+        help="families; `floor`: held-out rows, and classifiers of real ones",
+    )
     parser.add_argument("--epsilons", nargs="+", type=float, required=True)
     parser.add_argument("--seeds", nargs=2, type=int, default=(0, 10), metavar=("FIRST", "END"))
     parser.add_argument("--rows", type=int, help="train on so many rows only")
