@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from fleets import make_fleet, random_codes
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from oracles import record_gradients, sum_clipped
-from tiny import ROWS, SCHEMA, frame, recipe, seat, table
+from tiny import HERE, ROWS, SCHEMA, frame, recipe, seat, table
 from torch import Tensor, nn
 
 from dpsynth.audit.step import SamplerAudit, StepAudit, audit_sampler, audit_steps
@@ -515,7 +515,7 @@ def two_tables(schema: Any = SCHEMA) -> tuple[Table, Table]:
 
 
 @pytest.mark.parametrize("declared", [True, False], ids=["rows declared", "rows measured"])
-@pytest.mark.parametrize("model", list(FAMILIES))
+@pytest.mark.parametrize("model", HERE)
 def test_rows_reach_a_run_through_mechanisms_alone(
     model: str, declared: bool, cut: pytest.MonkeyPatch
 ) -> None:
