@@ -6,6 +6,7 @@ import torch
 from fleets import make_fleet
 from scipy import stats
 
+from dpsynth.checks import UsageError
 from dpsynth.codec import Layout
 from dpsynth.models.labels import LabelHead, balanced
 from dpsynth.randomness import FleetRng
@@ -99,3 +100,8 @@ def test_a_head_follows_the_weights_and_is_not_fitted_twice() -> None:
     with torch.no_grad():
         next(iter(model.parameters())).add_(0.5)
     assert model._label_heads(rng)[0] is not first
+
+
+def test_reconcile_is_true_or_false() -> None:
+    with pytest.raises(UsageError, match="reconcile=2: must be true or false"):
+        make_fleet("vae", LAYOUT, [1], reconcile=2)

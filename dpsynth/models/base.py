@@ -233,22 +233,17 @@ class Generator(lightning.LightningModule, ABC):
         """Logits (runs, rows, W) whose means given the target are those of the tables."""
         if not self.reconcile:
             return logits
-        levels, start = list(self.layout.levels), self.offset(component)
-        runs = [
-            torch.cat([corrected(*blocks, group[run]) for blocks in pairs], dim=-1)
-            for run in range(self.runs)
-            for pairs in [
-                zip(logits[run].split(levels, -1), start[run].split(levels, -1), strict=True)
-            ]
-        ]
-        return torch.stack(runs)
+        levels, made = list(self.layout.levels), []
+        for run, tables in enumerate(self.offset(component)):
+            pairs = zip(logits[run].split(levels, -1), tables.split(levels, -1), strict=True)
+            made.append(torch.cat([corrected(*pair, group[run]) for pair in pairs], dim=-1))
+        return torch.stack(made)
 
     def _labelled(self, codes: Tensor, rng: FleetRng, given: Mapping[int, int]) -> Tensor:
         """Rows with the target drawn anew given all else, unless it is fixed or has many levels."""
         target = self.layout.target
-        if not self.reconcile or target in given or not anchored(self.layout) or target is None:
-            return codes
-        if self.layout.columns == 1:
+        drawn_last = anchored(self.layout) and self.layout.columns > 1 and target not in given
+        if not (self.reconcile and drawn_last) or target is None:
             return codes
         offsets, made = rng.uniform(1)[:, 0], codes.clone()
         for run, head in enumerate(self._label_heads(rng)):
