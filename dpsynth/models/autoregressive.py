@@ -2,8 +2,8 @@
 
 Each column has a softmax over its levels that is linear in the levels of the columns before it
 (Larochelle & Murray 2011; logits as in a fully visible sigmoid belief network, Neal 1992), and
-starts from its noisy table given the target. Order, kernels, centres and scale follow from the
-noisy tables: they are published with them and cost nothing. Why each of them lowers the noise of
+starts from the mixture that agrees with the noisy tables. Order, kernels, centres and scale follow
+from these: they are published with them and cost nothing. Why each of them lowers the noise of
 DP-SGD: docs/design/quality-network.md.
 """
 
@@ -100,7 +100,7 @@ class Autoregressive(Generator):
         return self.network
 
     def reset(self, rng: FleetRng) -> None:
-        """Weights 0: the start is a DP naive Bayes."""
+        """Weights 0: the start is the mixture, or without components a DP naive Bayes."""
         self._linear.reset(rng)
 
     # -- what follows from the tables ---------------------------------------------------------
