@@ -71,7 +71,7 @@ def observed(family: str, epsilon: float, fits: int, *plants: Callback) -> dict[
 def test_the_target_takes_the_whole_budget_in_every_family(family: str) -> None:
     """μ of all releases together is that of the claim: the plan has no slack to hide behind."""
     # A mixture is fitted three times a training.
-    audit = small(family, fits=4 if family == "mixture" else 12)
+    audit = small(family, fits=8 if family == "mixture" else 12)
     assert audit.mu == pytest.approx(gaussian_mu(4.0, DELTA))
     # A fake that happens to be the target takes most of a discriminator's gradient away.
     near = 2e-2 if family == "gan" else 1e-3
