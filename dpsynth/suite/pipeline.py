@@ -85,7 +85,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "autoregressive": _PLAIN,
     "mixture": {"components": 8, "reconcile": False},
 }
-_STEPS, _CLIP = 2, 0.02
+# Below the gradient of a discriminator too that is shown the target as one of its fakes.
+_STEPS, _CLIP = 2, 0.005
 _COPIES, _VALUES, _MARKS = 2, 16, ("a", "b", "c", "d")
 _TARGET = {"value": 5, "mark": "b", "label": "yes"}
 _SYNTHETIC = 2048
