@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -58,46 +59,70 @@ class FleetLinear(nn.Module):
 
 
 class FleetMaskedLinear(nn.Module):
-    """y = x (W ∘ M) for R runs, no bias: outputs of a column see inputs of the columns before it
-    (MADE, Germain et al. 2015).
+    """y = x (W ∘ M) for R runs, no bias: blocks of outputs see the blocks of inputs whose place is
+    before theirs (MADE, Germain et al. 2015).
 
-    Inputs and outputs are (runs, batch, [draws,] width), blocks of `levels` side by side. A weight
-    that the mask hides has gradient 0 and no effect; under DP-SGD it gets noise like all others,
-    and is nothing but noise.
+    Inputs and outputs are (runs, batch, [draws,] width), blocks side by side. A weight that the
+    mask hides has gradient 0 and no effect; under DP-SGD it gets noise like all others, and is
+    nothing but noise.
 
     Args:
         runs: R.
-        levels: Length of each column's block.
+        levels: Length of each block of inputs.
+        outputs: Length of each block of outputs; by default they are those of the inputs, and in
+            the same places.
 
     Attributes:
-        rank: Place of each column in the order of a run (runs, D); as they stand at first.
+        rank: Place of each block of inputs in the order of a run (runs, blocks); as they stand at
+            first.
+        reached: Place of each block of outputs (runs, blocks); `rank` itself by default.
     """
 
     rank: Tensor
 
-    def __init__(self, runs: int, levels: Sequence[int]) -> None:
+    def __init__(
+        self, runs: int, levels: Sequence[int], outputs: Sequence[int] | None = None
+    ) -> None:
         super().__init__()
-        for count in levels:
-            check_count("levels", count)
+        for name, counts in (("levels", levels), ("outputs", outputs or ())):
+            for count in counts:
+                check_count(name, count)
         self.levels = list(levels)
-        self.weight = nn.Parameter(torch.zeros(runs, sum(levels), sum(levels)))
+        self.outputs = self.levels if outputs is None else list(outputs)
+        self.weight = nn.Parameter(torch.zeros(runs, sum(self.levels), sum(self.outputs)))
         self.register_buffer("rank", torch.arange(len(levels)).repeat(runs, 1))
+        self.own = outputs is not None
+        if self.own:
+            self.register_buffer("after", torch.arange(len(self.outputs)).repeat(runs, 1))
+
+    @property
+    def reached(self) -> Tensor:
+        return cast(Tensor, self.after) if self.own else self.rank
 
     def reset(self, rng: FleetRng) -> None:
         """Weights 0; nothing is drawn."""
         nn.init.zeros_(self.weight)
 
-    def mask(self) -> Bool[Tensor, "runs width width"]:
-        """Which weights lead from a column to a later one."""
-        column = [j for j, count in enumerate(self.levels) for _ in range(count)]
-        rank = self.rank[:, torch.tensor(column, device=self.rank.device)]
-        return rank[:, :, None] < rank[:, None, :]
+    def before(self) -> Bool[Tensor, "runs sources blocks"]:
+        """Which blocks of inputs are seen by which of outputs."""
+        return self.rank[:, :, None] < self.reached[:, None, :]
 
-    def masked(self) -> Float[Tensor, "runs width width"]:
+    def mask(self) -> Bool[Tensor, "runs inputs outputs"]:
+        """Which weights are used."""
+        device = self.rank.device
+        rows, columns = (
+            torch.tensor([j for j, count in enumerate(counts) for _ in range(count)], device=device)
+            for counts in (self.levels, self.outputs)
+        )
+        return self.before()[:, rows][:, :, columns]
+
+    def masked(self) -> Float[Tensor, "runs inputs outputs"]:
         """The weights that are used, 0 elsewhere."""
         return torch.where(self.mask(), self.weight, 0)
 
-    def forward(self, x: Float[Tensor, "runs *rows width"]) -> Float[Tensor, "runs *rows width"]:
+    def forward(
+        self, x: Float[Tensor, "runs *rows inputs"]
+    ) -> Float[Tensor, "runs *rows outputs"]:
         return (x.flatten(1, -2) @ self.masked()).unflatten(1, x.shape[1:-1])
 
 

@@ -224,9 +224,21 @@ def masked(runs: int, width: int) -> nn.Module:
     return layer
 
 
+def spread(runs: int, width: int) -> nn.Module:
+    """Blocks of inputs and others of outputs, in places of their own."""
+    levels = [2, width, 1]
+    outputs = [1, width - 1] if width > 1 else [1]
+    layer = FleetMaskedLinear(runs, levels, outputs)
+    for place, blocks in ((layer.rank, levels), (layer.reached, outputs)):
+        drawn = fleet_rng(runs).at(f"places{len(blocks)}").uniform(len(blocks))
+        place.copy_((4 * drawn).long())
+    return layer
+
+
 KINDS: dict[str, Callable[[int, int], nn.Module]] = {
     "linear": lambda runs, width: FleetLinear(runs, 3, width),
     "masked linear": masked,
+    "masked linear of blocks": spread,
     "embedding": lambda runs, width: FleetEmbedding(runs, LEVELS, width),
     "layer norm": FleetLayerNorm,
     "rms norm": FleetRMSNorm,
@@ -237,7 +249,11 @@ KINDS: dict[str, Callable[[int, int], nn.Module]] = {
 def input_of(kind: str, rng: FleetRng, rows: Sequence[int], width: int) -> Tensor:
     if kind == "embedding":
         return (rng.uniform(*rows) * LEVELS).long()
-    return rng.normal(*rows, 3 if kind == "linear" else width)
+    return rng.normal(*rows, inputs_of(kind, width))
+
+
+def inputs_of(kind: str, width: int) -> int:
+    return {"linear": 3, "masked linear of blocks": width + 3}.get(kind, width)
 
 
 def test_every_rule_is_tested_here() -> None:
@@ -327,7 +343,7 @@ def test_no_magnitude_lets_a_record_exceed_its_bound(kind: str, mode: str) -> No
                 if kind == "embedding":
                     x = torch.from_numpy(rng.integers(0, 2, (runs, 1, draws)))
                 else:
-                    one = rng.normal(size=(runs, 1, 1, WIDTH)).repeat(draws, 2)
+                    one = rng.normal(size=(runs, 1, 1, inputs_of(kind, WIDTH))).repeat(draws, 2)
                     x = torch.from_numpy(one.astype(np.float32))
                 for bound in (1e-3, 1e3):
                     found = share(KINDS[kind](runs, WIDTH), x, pull, bound, mode)

@@ -21,16 +21,21 @@ __all__ = ["LabelHead", "balanced"]
 
 # Boosted trees as usual, and rows of a leaf within which labels are balanced.
 _TREES, _RATE, _RIDGE, _LEAF = 120, 0.08, 1.0, 8
+# Share of columns that a split may be of: greedy splits alone may never try those of a parity.
+_TRIED = 0.5
+# Part of the generator's rows that the two models are compared on.
+_HELD = 0.2
 # Golden section: of all irrational steps the one whose multiples are spread most evenly.
 _GOLDEN = (5**0.5 - 1) / 2
 
 
 class LabelHead:
-    """Scores of the target's levels: the mean of two models' scores, whose errors differ.
+    """Scores of the target's levels: a mean of two models' scores, whose errors differ.
 
     One is additive and fitted to the noisy label × column tables themselves (`additive_logits`);
     the other, boosted trees fitted to rows that the generator drew, knows what the generator knows
-    of interactions but not the noise that single rows of it carry.
+    of interactions but not the noise that single rows of it carry. Each counts a half, the additive
+    one less by the share of what the trees explain of such rows' labels that it does not.
 
     Args:
         rows: Codes that the generator drew, the target included (rows, D).
@@ -46,13 +51,15 @@ class LabelHead:
             max_iter=_TREES,
             learning_rate=_RATE,
             l2_regularization=_RIDGE,
+            max_features=_TRIED,
             early_stopping=False,
             random_state=0,
         )
-        seen = rows[:, self.target].numpy()
+        kept = max(1, round(_HELD * len(rows)))
+        self._held, seen = rows[:kept], rows[kept:, self.target].numpy()
         self._classes = np.unique(seen)
         if len(self._classes) > 1:
-            self._trees.fit(self.features(rows), seen)
+            self._trees.fit(self.features(rows[kept:]), seen)
 
     def features(self, codes: Tensor) -> np.ndarray:
         """All columns but the target by the places of their levels (rows, D - 1)."""
@@ -70,15 +77,33 @@ class LabelHead:
             prior_logits: Log of the target's shares (groups,).
             noise: Standard deviation of a cell's noise, as a share of all rows.
         """
-        columns = [codes[:, j] for j in self.others]
-        additive = additive_logits(columns, tables, prior_logits, noise).log_softmax(-1)
-        scores = (additive + self._boosted(codes, additive)) / 2
+        facts = tables, prior_logits, noise
+        additive, boosted = self._both(codes, *facts)
+        share = self._explained(*self._both(self._held, *facts)) / 2
+        scores = share * additive + (1 - share) * boosted
         # On the whole each level is as frequent as the tables say.
         for _ in range(10):
             share = scores.softmax(-1).mean(0)
             prior = prior_logits.softmax(-1)
             scores = scores + (prior.clamp_min(1e-9) / share.clamp_min(1e-9)).log()
         return scores
+
+    def _both(
+        self, codes: Tensor, tables: Sequence[Tensor], prior_logits: Tensor, noise: float
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities by the additive model and by the trees (rows, groups)."""
+        columns = [codes[:, j] for j in self.others]
+        additive = additive_logits(columns, tables, prior_logits, noise).log_softmax(-1)
+        return additive, self._boosted(codes, additive)
+
+    def _explained(self, additive: Tensor, boosted: Tensor) -> float:
+        """What the additive scores explain of held-out labels, as a share, at most 1, of what the
+        trees explain (nats)."""
+        label = self._held[:, self.target]
+        share = torch.bincount(label, minlength=additive.shape[1]) / len(label)
+        losses = [-one.gather(1, label[:, None]).mean() for one in (additive, boosted)]
+        gains = [float(torch.special.entr(share).sum() - loss) for loss in losses]
+        return min(1.0, max(0.0, gains[0]) / gains[1]) if gains[1] > 0 else 1.0
 
     def _boosted(self, codes: Tensor, additive: Tensor) -> Tensor:
         """Log-probabilities by the trees (rows, groups); of one level alone they know nothing."""

@@ -188,54 +188,56 @@ class Linear(Rule):
 
 
 def masked_squared_norms(
-    a: Float[Tensor, "runs batch draws width"],
-    b: Float[Tensor, "runs batch draws width"],
+    a: Float[Tensor, "runs batch draws inputs"],
+    b: Float[Tensor, "runs batch draws outputs"],
     layer: FleetMaskedLinear,
     precision: Precision = FULL,
 ) -> Float[Tensor, "runs batch"]:
     """Squared norm of each record's masked weight gradient, never formed, and never too small.
 
-    The gradient has a block a_i b_jᵀ for every column i before j, so for one draw it is
+    The gradient has a block a_i b_jᵀ for every block i of inputs before j, so for one draw it is
     Σ_j ‖b_j‖² Σ_{i before j} ‖a_i‖², and for several
     Σ_j Σ_kl ⟨b_kj, b_lj⟩ Σ_{i before j} ⟨a_ki, a_li⟩. Rounding is bounded as in `squared_norms`,
     with S = Σ_k √(Σ_j ‖b_kj‖² Σ_{i before j} ‖a_ki‖²).
 
     Args:
-        a: Layer inputs (runs, batch, draws, width).
-        b: Gradients at the layer's output (runs, batch, draws, width).
-        layer: Its columns and their order.
+        a: Layer inputs (runs, batch, draws, inputs).
+        b: Gradients at the layer's output (runs, batch, draws, outputs).
+        layer: Its blocks and their order.
         precision: Format of the product; a and b hold numbers of it.
     """
     if precision.short:
         a, b = a.float(), b.float()
-    kind, (draws, width) = torch.finfo(a.dtype), a.shape[2:]
+    kind, draws, width = torch.finfo(a.dtype), a.shape[2], max(a.shape[3], b.shape[3])
     slack = kind.eps * (2 * width + 5 * draws + 32) * (4 if precision.short else 1)
     # What squares below the smallest normal number may have lost, on either side.
     lost = width * kind.tiny
     if draws == 1:
-        ahead, behind = (_by_column(x, layer, lambda p: p.square().sum((-1, -2))) for x in (a, b))
-        squared = (_before(ahead, layer.rank) + lost) * (behind + lost)
+        ahead, behind = (
+            _by_block(x, counts, lambda p: p.square().sum((-1, -2)))
+            for x, counts in ((a, layer.levels), (b, layer.outputs))
+        )
+        squared = (_before(ahead, layer) + lost) * (behind + lost)
         return squared.sum(-1) * (1 + slack)
-    left, right = (_by_column(x, layer, lambda p: p @ p.mT) for x in (a, b))
-    left = _before(left, layer.rank)
+    left, right = (
+        _by_block(x, counts, lambda p: p @ p.mT)
+        for x, counts in ((a, layer.levels), (b, layer.outputs))
+    )
+    left = _before(left, layer)
     lengths = [x.diagonal(dim1=-2, dim2=-1) + lost for x in (left, right)]
     most = (lengths[0] * lengths[1]).sum(2).sqrt().sum(-1).square()
     return _at_least((left * right).sum(-1).sum(-1).sum(-1), most, slack, precision)
 
 
-def _by_column(
-    x: Tensor, layer: FleetMaskedLinear, of: Callable[[Tensor], Tensor]
-) -> Float[Tensor, "runs batch columns *rest"]:
-    return torch.stack([of(part) for part in x.split(layer.levels, dim=-1)], dim=2)
+def _by_block(
+    x: Tensor, counts: Sequence[int], of: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "runs batch blocks *rest"]:
+    return torch.stack([of(part) for part in x.split(list(counts), dim=-1)], dim=2)
 
 
-def _before(x: Tensor, rank: Tensor) -> Tensor:
-    """Sums over the columns before each one (runs, batch, columns, …)."""
-    shape = (len(rank), 1, -1, *(1,) * (x.dim() - 3))
-    order = rank.argsort(-1).reshape(shape).expand_as(x)
-    sums = x.gather(2, order).cumsum(2)
-    shifted = torch.cat([torch.zeros_like(sums[:, :, :1]), sums[:, :, :-1]], dim=2)
-    return shifted.gather(2, rank.reshape(shape).expand_as(x))
+def _before(x: Tensor, layer: FleetMaskedLinear) -> Tensor:
+    """Sums over the blocks of inputs that each block of outputs sees (runs, batch, blocks, …)."""
+    return torch.einsum("rbi...,rio->rbo...", x, layer.before().to(x))
 
 
 class MaskedLinear(Rule):
