@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from torch import Tensor
 
 from dpsynth.codec import Layout
 from dpsynth.marginals import NoisyTable
@@ -46,8 +47,9 @@ class Choice:
         return replace(self, effort=self.effort.within(most))
 
     @classmethod
-    def planned(cls, layout: Layout, mu: float, rows: int) -> Choice:
-        """What suits a budget μ for `rows` rows; public.
+    def planned(cls, layout: Layout, mu: float, rows: int, used: Tensor | None = None) -> Choice:
+        """What suits a budget μ for `rows` rows and the levels that can occur (W,), by default all;
+        public.
 
         The signal is what a count has against its noise when all candidates are asked: the mean
         number of rows a cell over σ = √candidates/μ. At 1 half of the candidates are best, in two
@@ -57,7 +59,10 @@ class Choice:
         asked = candidates(layout)
         if not asked:
             return cls(0, 1, Effort(1, 128, 150))
-        cells = float(np.mean([_cells(layout, columns) for columns in asked]))
+        counts = layout.levels
+        if used is not None:
+            counts = [int(block.sum()) for block in used.split(list(layout.levels))]
+        cells = float(np.mean([math.prod(counts[c] for c in columns) for columns in asked]))
         signal = min(mu, 1e6) * rows / (math.sqrt(len(asked)) * cells)
         share = min(1.0, 0.5 * signal**0.35)
         effort = Effort(4, 128, 300)
@@ -78,10 +83,6 @@ def candidates(layout: Layout) -> list[tuple[int, ...]]:
     pairs = itertools.combinations(range(layout.columns), 2)
     # Pairs with the target are measured before.
     return [pair for pair in pairs if layout.target not in pair]
-
-
-def _cells(layout: Layout, columns: Sequence[int]) -> int:
-    return math.prod(layout.levels[c] for c in columns)
 
 
 def choose_tables(survey: Survey, choice: Choice, *, device: str = "cpu") -> Mixture:

@@ -159,7 +159,7 @@ class Generator(lightning.LightningModule, ABC):
         Returns:
             By default the mixture that agrees with the tables that are worth most.
         """
-        choice = Choice.planned(survey.layout, plan.mu("tables"), plan.rows)
+        choice = Choice.planned(survey.layout, plan.mu("tables"), plan.rows, survey.used)
         choice = choice.within(options.get("components", COMPONENTS))
         return choose_tables(survey, choice, device=resolve(device).type)
 
