@@ -83,6 +83,21 @@ def test_what_is_planned_reaches_from_one_table_to_all() -> None:
         assert Choice.planned(layout, 1.0, 1000).tables == 0
 
 
+def test_slots_that_cannot_occur_do_not_count() -> None:
+    """As if the columns had the levels that can; fewer cells, more tables."""
+    used = torch.arange(sum(ADULT.levels)) < 0
+    kept = tuple(min(n, 6) for n in ADULT.levels)
+    for start, number in zip(ADULT.offsets, kept, strict=True):
+        used[start : start + number] = True
+    for mu, rows in itertools.product((0.05, 0.3, 2.0), (3000, 40_000)):
+        found = Choice.planned(ADULT, mu, rows, used)
+        assert found == Choice.planned(Layout(kept, ADULT.target), mu, rows)
+        assert found.tables >= Choice.planned(ADULT, mu, rows).tables
+    assert Choice.planned(ADULT, 0.05, 3000, used).tables > Choice.planned(ADULT, 0.05, 3000).tables
+    every = torch.ones_like(used)
+    assert Choice.planned(ADULT, 0.3, 3000, every) == Choice.planned(ADULT, 0.3, 3000)
+
+
 # What is spent
 
 

@@ -78,6 +78,39 @@ def test_a_head_knows_tables_and_what_the_generator_drew() -> None:
     torch.testing.assert_close(again, scores, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("flipped", [0.0, 0.2])
+def test_labels_of_a_parity_are_those_that_the_generator_drew(flipped: float) -> None:
+    """Whatever the tables say, which is nothing: with half of the trees' scores alone a label would
+    be right far less often."""
+    rng = np.random.default_rng(3)
+    layout = Layout((2, 2, 2, 7, 2), target=4)
+    codes = np.stack([rng.integers(0, n, 12_000) for n in layout.levels], axis=1)
+    wrong = rng.random(len(codes)) < flipped
+    codes[:, 4] = (codes[:, 0] + codes[:, 1] + codes[:, 2] + wrong) % 2
+    rows = torch.from_numpy(codes)
+    rank = torch.cat([torch.arange(n) for n in layout.levels]).float()
+    tables = [torch.full((2, n), 0.5 / n, dtype=torch.float64) for n in layout.levels[:4]]
+    prior = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
+    scores = LabelHead(rows, rank, layout).scores(rows, tables, prior, 0.0)
+    right = scores.softmax(-1).gather(1, rows[:, :3].sum(1, keepdim=True) % 2).mean()
+    assert right == pytest.approx(1 - flipped, abs=0.06)
+
+
+def test_what_tables_explain_alone_is_half_theirs() -> None:
+    """Labels that hang on one column: both models say the same, and both count."""
+    head = LabelHead(truth(4000, 5)[0], torch.zeros(9), LAYOUT)
+    label = head._held[:, 2]
+    wise = torch.where(torch.arange(2) == label[:, None], 0.9, 0.1).log().double()
+    even = torch.full_like(wise, 0.5).log()
+    assert head._explained(wise, wise) == pytest.approx(1.0)
+    assert head._explained(even, wise) == pytest.approx(0.0, abs=0.02)
+    between = torch.where(torch.arange(2) == label[:, None], 0.7, 0.3).log().double()
+    gains = [np.log(2) + np.log(p) for p in (0.7, 0.9)]
+    assert head._explained(between, wise) == pytest.approx(gains[0] / gains[1], abs=0.02)
+    # Trees that say less than nothing leave the additive scores their whole half.
+    assert head._explained(wise, even - 1) == head._explained(even - 2, even - 1) == 1.0
+
+
 def test_a_level_that_never_came_up_stays_unlikely_and_alone_it_is_certain_to_the_tables() -> None:
     drawn, _ = truth(2000, 2)
     rank = torch.cat([torch.arange(n) for n in LAYOUT.levels]).float()
