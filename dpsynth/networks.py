@@ -120,9 +120,7 @@ class FleetMaskedLinear(nn.Module):
         """The weights that are used, 0 elsewhere."""
         return torch.where(self.mask(), self.weight, 0)
 
-    def forward(
-        self, x: Float[Tensor, "runs *rows inputs"]
-    ) -> Float[Tensor, "runs *rows outputs"]:
+    def forward(self, x: Float[Tensor, "runs *rows inputs"]) -> Float[Tensor, "runs *rows outputs"]:
         return (x.flatten(1, -2) @ self.masked()).unflatten(1, x.shape[1:-1])
 
 

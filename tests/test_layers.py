@@ -25,7 +25,7 @@ from dpsynth.networks import (
     FleetRMSNorm,
 )
 from dpsynth.privacy.clipping import ENGINES, Clipper, TapClipper
-from dpsynth.privacy.layers import RULES, embedding_squared_norms
+from dpsynth.privacy.layers import RULES, embedding_squared_norms, masked_squared_norms
 from dpsynth.privacy.precision import FULL, PRECISIONS
 from dpsynth.randomness import FleetRng
 
@@ -350,6 +350,16 @@ def test_no_magnitude_lets_a_record_exceed_its_bound(kind: str, mode: str) -> No
                     assert (found <= bound).all()
                     full += int((found > 0.99 * bound).sum())
     assert full > 300
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_an_overflow_that_is_not_seen_does_not_count(draws: int) -> None:
+    layer = FleetMaskedLinear(1, [1, 1], [1, 1])
+    layer.rank.copy_(torch.tensor([[0, 5]]))
+    layer.reached.copy_(torch.tensor([[1, 0]]))
+    a, b = torch.tensor([3.0, 1e30]), torch.tensor([2.0, 1.0])
+    found = masked_squared_norms(*(x.expand(1, 1, draws, 2) for x in (a, b)), layer)
+    assert float(found) == pytest.approx((6 * draws) ** 2, rel=1e-4)
 
 
 @settings(max_examples=40)

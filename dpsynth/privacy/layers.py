@@ -236,8 +236,19 @@ def _by_block(
 
 
 def _before(x: Tensor, layer: FleetMaskedLinear) -> Tensor:
-    """Sums over the blocks of inputs that each block of outputs sees (runs, batch, blocks, …)."""
-    return torch.einsum("rbi...,rio->rbo...", x, layer.before().to(x))
+    """Sums over the blocks of inputs that each block of outputs sees (runs, batch, blocks, …).
+
+    Running sums in order of place, not a product with the mask: that would be rounded as products
+    are, and an infinite block that is not seen would make a sum undefined.
+    """
+
+    def along(places: Tensor) -> Tensor:
+        shape = (*places.shape, *(1,) * (x.dim() - 3))
+        return places.reshape(shape)[:, None].expand(-1, x.shape[1], -1, *x.shape[3:])
+
+    sums = x.gather(2, along(layer.rank.argsort(-1))).cumsum(2)
+    sums = torch.cat([torch.zeros_like(sums[:, :, :1]), sums], dim=2)
+    return sums.gather(2, along(layer.before().sum(1)))
 
 
 class MaskedLinear(Rule):
