@@ -349,6 +349,7 @@ class NumericCoder:
         rows: int,
         bins: int,
         heaps: int,
+        wanted: int,
     ) -> NumericCoder:
         """Find heaps on the finest grid, then bins on what is left; both pay the ledger.
 
@@ -364,8 +365,8 @@ class NumericCoder:
         if seen.grid.short:
             found, starts, mass, sigma = _count_cells(seen, ask, rows, heaps)
         else:
-            found, starts, mass, sigma = _count_nodes(seen, ask, rows, bins, heaps)
-        leaf_bin = _merge_leaves(mass, bins, rows * _LEAST_BIN)
+            found, starts, mass, sigma = _count_nodes(seen, ask, rows, wanted, heaps)
+        leaf_bin = _merge_leaves(mass, wanted, rows * _LEAST_BIN)
         coder = cls(column, bins, heaps, starts, mass / rows, leaf_bin, found)
         return coder._shrunk(sigma / rows)
 
@@ -614,7 +615,14 @@ class Codec:
 
     @classmethod
     def fit(
-        cls, table: Table, measurer: Measurer, *, rows: int, bins: int = 20, heaps: int = 16
+        cls,
+        table: Table,
+        measurer: Measurer,
+        *,
+        rows: int,
+        bins: int = 20,
+        heaps: int = 16,
+        wanted: int | None = None,
     ) -> Codec:
         """Learn bins and heaps through `measurer`.
 
@@ -625,8 +633,16 @@ class Codec:
             rows: Public number of rows, the scale of what counts as heavy.
             bins: Bin slots a number.
             heaps: Heap slots a number.
+            wanted: How many bins to make of a number, at most `bins`, which it is by default; the
+                slots that are left stay empty, so that no shape hangs on it.
+
+        Raises:
+            UsageError: On too few bins or heaps, or more wanted than there are slots.
         """
         check_count("bins", bins, least=2)
+        wanted = bins if wanted is None else wanted
+        if not 2 <= wanted <= bins:
+            raise UsageError(f"wanted={wanted}: must be between 2 and bins={bins}")
         check_count("heaps", heaps, least=0)
         measured = {c.name for c in cls.measured_columns(table.schema, bins, heaps)}
         coders: list[NumericCoder | CategoryCoder] = []
@@ -637,9 +653,8 @@ class Codec:
                 coders.append(NumericCoder.direct(column))
             else:
                 values = table.frame[column.name]
-                coders.append(
-                    NumericCoder.fit(column, values, measurer, rows=rows, bins=bins, heaps=heaps)
-                )
+                slots = {"bins": bins, "heaps": heaps, "wanted": wanted}
+                coders.append(NumericCoder.fit(column, values, measurer, rows=rows, **slots))
         return cls(table.schema, tuple(coders))
 
     @property

@@ -2,7 +2,8 @@
 
 `python scripts/fit_planner.py run --data FOLDER --minutes 30` trains on simulated tables and on the
 Parquet files of FOLDER that `PUBLIC` names, one setting after another, and adds a line a run to
-experiments/planner/planner-runs.json; what is there already is not run again.
+experiments/planner/planner-runs.json, or to bins-runs.json beside it for the group `bins`, which is
+compared with runs of its own commit; what is there already is not run again.
 `python scripts/fit_planner.py fit` compares them and writes dpsynth/training/planner.json.
 """
 
@@ -28,6 +29,7 @@ from importlib.metadata import version
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from dpsynth.chosen import Choice, candidates
 from dpsynth.codec import Layout
@@ -39,11 +41,12 @@ from dpsynth.evaluation.utility import utility
 from dpsynth.randomness import FleetRng, derive, stream
 from dpsynth.schema import Schema
 from dpsynth.training.fleet import train_fleet
-from dpsynth.training.planner import budget, signal
-from dpsynth.training.recipe import Recipe, Seat, codec_settings
+from dpsynth.training.planner import CODEC, budget, signal
+from dpsynth.training.recipe import Recipe, Seat
 
 HERE = Path(__file__).resolve().parent.parent
-RUNS = HERE / "experiments" / "planner" / "planner-runs.json"
+FOLDER = HERE / "experiments" / "planner"
+RUNS, BINS = FOLDER / "planner-runs.json", FOLDER / "bins-runs.json"
 PLANNER = HERE / "dpsynth" / "training" / "planner.json"
 # Target, columns that are left out, most rows to train on.
 PUBLIC: Mapping[str, tuple[str, tuple[str, ...], int]] = {
@@ -71,6 +74,7 @@ class Setting:
         heaps: Heap slots.
         asked: Factor on the number of tables that are chosen.
         rounds: Rounds in which they are chosen; 0 for as many as `Choice.planned` says.
+        bins: Bins of a number.
     """
 
     model: str
@@ -80,14 +84,18 @@ class Setting:
     heaps: int = 16
     asked: float = 1.0
     rounds: int = 0
+    bins: int = CODEC["bins"]
 
     def recipe(self) -> Recipe:
         tables = 1 - self.codec - self.marginals - self.rest
         shares = {"codec": self.codec, "marginals": self.marginals, "tables": tables}
         privacy = {"delta": DELTA, "shares": shares}
-        return Recipe(self.model, {}, privacy, {"heaps": self.heaps}, device="cpu")
+        codec = {"bins": self.bins, "heaps": self.heaps}
+        return Recipe(self.model, {}, privacy, codec, device="cpu")
 
 
+# All but those of `bins`, which have their own file.
+_OTHERS = ("rest", "codec", "asked", "marginals", "heaps")
 # What is varied, what with: the first of each is the present value.
 GROUPS: Mapping[str, Sequence[Setting]] = {
     "rest": [Setting("autoregressive", rest=rest) for rest in (0.3, 0.15)],
@@ -95,6 +103,7 @@ GROUPS: Mapping[str, Sequence[Setting]] = {
     "asked": [Setting("mixture", asked=asked) for asked in (1.0, 0.6, 1.6)],
     "marginals": [Setting("mixture", marginals=share) for share in (0.08, 0.03, 0.2)],
     "heaps": [Setting("mixture", heaps=heaps) for heaps in (16, 32)],
+    "bins": [Setting("mixture", bins=bins) for bins in (CODEC["bins"], 12)],
 }
 
 
@@ -124,8 +133,8 @@ def run(name: str, parts: tuple[Table, Table], epsilon: float, setting: Setting)
     rows, held = parts
     started, recipe, usual = time.process_time(), setting.recipe(), Choice.planned
 
-    def planned(layout: Layout, mu: float, number: int) -> Choice:
-        choice = usual(layout, mu, number)
+    def planned(layout: Layout, mu: float, number: int, used: Tensor | None = None) -> Choice:
+        choice = usual(layout, mu, number, used)
         most = len(candidates(layout))
         tables = min(most, max(1, round(choice.tables * setting.asked)))
         rounds = setting.rounds or (1 if tables in (1, most) else 2)
@@ -147,7 +156,8 @@ def run(name: str, parts: tuple[Table, Table], epsilon: float, setting: Setting)
     assert target is not None
     tstr, _ = utility(table, held, target=target, rng=np.random.default_rng(0))
     found["auc"] = tstr["gbt_auc"]
-    layout = Layout.of(rows.schema, **codec_settings(recipe))
+    # Slots decide the signal, however many of them are in use.
+    layout = Layout.of(rows.schema, bins=CODEC["bins"], heaps=setting.heaps)
     return {
         "table": name,
         "rows": len(rows),
@@ -172,15 +182,17 @@ def wanted() -> Iterator[tuple[str, float, Setting]]:
 
 
 def _same(row: Mapping[str, Any], name: str, epsilon: float, setting: Setting) -> bool:
-    return (row["table"], row["epsilon"], row["setting"]) == (name, epsilon, asdict(setting))
+    held = Setting(**row["setting"])
+    return (row["table"], row["epsilon"], held) == (name, epsilon, setting)
 
 
 def run_all(folder: Path, minutes: float, only: Sequence[str]) -> None:
     """As many of `wanted` as fit."""
     torch.set_num_threads(1)
-    held = json.loads(RUNS.read_text())["runs"] if RUNS.exists() else []
+    file = BINS if [*only] == ["bins"] else RUNS
+    held = json.loads(file.read_text())["runs"] if file.exists() else []
     until, cache = time.monotonic() + 60 * minutes, {}
-    groups = [setting for name in only or GROUPS for setting in GROUPS[name]]
+    groups = [setting for name in only or _OTHERS for setting in GROUPS[name]]
     for name, epsilon, setting in wanted():
         if setting not in groups or any(_same(row, name, epsilon, setting) for row in held):
             continue
@@ -190,9 +202,9 @@ def run_all(folder: Path, minutes: float, only: Sequence[str]) -> None:
             cache[name] = tables_of(name, folder)
         held.append(run(name, cache[name], epsilon, setting))
         print(json.dumps(held[-1]), flush=True)
-        RUNS.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(row) for row in held)
-        RUNS.write_text(f'{{"versions": {json.dumps(versions())}, "runs": [\n{lines}\n]}}\n')
+        file.write_text(f'{{"versions": {json.dumps(versions())}, "runs": [\n{lines}\n]}}\n')
 
 
 def versions() -> dict[str, str]:
@@ -212,6 +224,7 @@ KNOTS = (0.25, 1.0, 4.0, 16.0)
 GRID: Mapping[str, Sequence[float]] = {
     "codec": (0.05, 0.075, 0.1, 0.15, 0.2),
     "trained": (0.1, 0.15, 0.2, 0.25, 0.3),
+    "bins": (12, 14, 16, 18, 20),
 }
 # What is not fitted: `trained` of the present plan, and where other families are taken.
 USUAL = {"trained": 0.3, "faint": 0.02, "wide": 2048, "widest": 4096}
@@ -312,21 +325,24 @@ def fit() -> None:
     rows = held["runs"]
     codec, first = chosen(curves(rows, "codec", "codec"), GRID["codec"], PRESENT["codec"])
     trained, second = chosen(curves(rows, "rest", "rest"), GRID["trained"], USUAL["trained"])
+    apart = json.loads(BINS.read_text())["runs"]
+    bins, third = chosen(curves(apart, "bins", "bins"), GRID["bins"], CODEC["bins"])
     values = {
         "knots": KNOTS,
         "codec": codec,
         "marginals": [PRESENT["marginals"]] * len(KNOTS),
         **{name: value for name, value in USUAL.items() if name != "trained"},
         "trained": trained,
+        "bins": bins,
     }
     facts = {
         "command": "python scripts/fit_planner.py run --data FOLDER; python scripts/fit_planner.py "
         "fit",
-        "tables": sorted({row["table"] for row in rows}),
+        "tables": sorted({row["table"] for row in [*rows, *apart]}),
         "seeds": [0],
         "versions": held["versions"],
-        "runs": len(rows),
-        "regret": {"codec": first, "trained": second},
+        "runs": len(rows) + len(apart),
+        "regret": {"codec": first, "trained": second, "bins": third},
     }
     PLANNER.write_text(json.dumps({"values": values, "fit": facts}, indent=1) + "\n")
     print(PLANNER.read_text())

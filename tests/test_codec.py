@@ -45,6 +45,41 @@ def filled(column: Column, values: Sequence[Any] | np.ndarray) -> Table:
     return Table.from_frame(frame, Schema((column,)), strict=False)
 
 
+# Fewer bins than slots
+
+
+@pytest.mark.parametrize("name", ["LONG", "AGE", "PRICE"])
+@pytest.mark.parametrize("mu", [0.5, FREE])
+def test_fewer_bins_leave_slots_empty_and_rows_where_they_are(name: str, mu: float) -> None:
+    """A row's bin then covers about as much more of all rows; shapes and what is paid stay."""
+    column = globals()[name]
+    rng = np.random.default_rng(4)
+    values = np.round(rng.uniform(column.lower, column.upper, 4000))
+    table = filled(column, values)
+    parts = sum(part for _, part in Codec.questions(table.schema, BINS, 0))
+    made = {}
+    for wanted in (None, 3):
+        ledger = Ledger(1e-5)
+        answers = measurer(mu, parts, ledger=ledger)
+        codec = Codec.fit(table, answers, rows=4000, bins=BINS, heaps=0, wanted=wanted)
+        codes = codec.encode(table)[:, 0]
+        shares = np.bincount(codes.numpy(), minlength=codec.layout.width) / 4000
+        assert (shares[codec.used.numpy()] > 0).sum() == (wanted or BINS)
+        assert shares.max() < 1.6 / (wanted or BINS)
+        again = codec.decode(codec.encode(table), np.random.default_rng(0)).frame[name.lower()]
+        width = (column.upper - column.lower) / (wanted or BINS)
+        assert np.abs(again.to_numpy(float) - values).max() < 1.6 * width
+        made[wanted] = codec.layout, ledger.events
+    assert made[None] == made[3]
+
+
+@pytest.mark.parametrize("wanted", [1, BINS + 1])
+def test_bins_that_are_wanted_must_fit_in_their_slots(wanted: int) -> None:
+    table = filled(LONG, np.arange(10))
+    with pytest.raises(UsageError, match=f"wanted={wanted}: must be between 2 and bins={BINS}"):
+        Codec.fit(table, measurer(), rows=10, bins=BINS, heaps=0, wanted=wanted)
+
+
 # Columns of every kind
 
 DIRECT = Column("direct", "integer", lower=-3, upper=5)

@@ -187,7 +187,8 @@ def test_the_recipes_settings_are_its_defaults() -> None:
     assert training.pop("memory") is None is defaults(run_sweep)["memory"]
     assert training == {k: v for k, v in own.items() if k not in ("options", "privacy", "codec")}
     codec = body(Path("codec/default.yaml"))
-    assert codec == CODEC == {name: defaults(Codec.fit)[name] for name in ("bins", "heaps")}
+    assert codec.pop("bins") is None is defaults(Codec.fit)["wanted"]
+    assert {"bins": CODEC["bins"], **codec} == CODEC == {name: defaults(Codec.fit)[name] for name in ("bins", "heaps")}
 
 
 def test_judging_is_what_the_sweep_would_take() -> None:
@@ -219,7 +220,7 @@ def test_the_default_recipe_is_the_one_that_python_spells_out() -> None:
     assert point.recipe.options == own
     shares = dict.fromkeys(STAGES)
     privacy = {"delta": 1e-5, "shares": shares, "clip": None, "batch": None, "steps": None}
-    spelled = Recipe("autoregressive", own, privacy, {"bins": 20, "heaps": 16})
+    spelled = Recipe("autoregressive", own, privacy, {"bins": None, "heaps": 16})
     assert point.recipe.digest() == spelled.digest()
 
 

@@ -18,15 +18,25 @@ import dpsynth
 from dpsynth.checks import UsageError
 from dpsynth.chosen import Choice
 from dpsynth.cli import configure, expand, point_of
-from dpsynth.codec import Layout
+from dpsynth.codec import Layout, NumericCoder
 from dpsynth.data import Table
 from dpsynth.datasets.simulated import SIMULATED, simulated_schema
 from dpsynth.privacy.calibration import whole_mu
 from dpsynth.schema import Column, Schema
 from dpsynth.training import planner
 from dpsynth.training.fleet import train_fleet
-from dpsynth.training.planner import CODEC, SHARES, Values, family_of, shares_of, signal, values
-from dpsynth.training.recipe import FAMILIES, Recipe, Seat, plan_of
+from dpsynth.training.planner import (
+    CODEC,
+    SHARES,
+    Values,
+    bins_for,
+    family_of,
+    shares_of,
+    signal,
+    slots,
+    values,
+)
+from dpsynth.training.recipe import FAMILIES, Recipe, Seat, bins_of, codec_settings, plan_of
 
 EPSILONS = (0.01, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 100.0)
 ROWS = (100, 1_000, 30_000, 1_000_000)
@@ -72,7 +82,7 @@ def test_shares_follow_the_signal_alone_and_the_knots_exactly() -> None:
 
 
 def test_interpolation_is_a_straight_line_in_the_logarithm() -> None:
-    fitted = Values((1.0, 100.0), (0.1, 0.3), (0.1, 0.1), (0.4, 0.2), 0.1, 9, 99)
+    fitted = Values((1.0, 100.0), (0.1, 0.3), (0.1, 0.1), (0.4, 0.2), (9, 20), 0.1, 9, 99)
     assert fitted.shares(10.0) == {"rows": 0.01, "codec": 0.2, "marginals": 0.1, "tables": 0.4}
     assert fitted.shares(1e-9) == fitted.shares(1.0) and fitted.shares(math.inf)["codec"] == 0.3
     steps = [fitted.shares(at)["codec"] for at in np.geomspace(0.1, 1e4, 50)]
@@ -123,15 +133,54 @@ def test_more_tables_are_chosen_where_the_signal_is_larger() -> None:
         {"codec": (0.1,)},
         {"marginals": (0.1, 1.0)},
         {"trained": (0.5, 0.85)},
+        {"bins": (20,)},
+        {"bins": (1, 20)},
+        {"bins": (20, CODEC["bins"] + 1)},
     ],
     ids=str,
 )
 def test_values_that_no_plan_could_take_are_refused(changes: dict[str, Any]) -> None:
     usual = {"knots": (1.0, 2.0), "codec": (0.1, 0.1), "marginals": (0.05, 0.05)}
-    usual |= {"trained": (0.3, 0.3), "faint": 0.1, "wide": 10, "widest": 20}
+    usual |= {"bins": (8, 20), "trained": (0.3, 0.3), "faint": 0.1, "wide": 10, "widest": 20}
     Values(**usual)
     with pytest.raises(UsageError, match="planner"):
         Values(**{**usual, **changes})
+
+
+def test_bins_are_fewer_where_the_signal_is_small_and_never_more_than_slots() -> None:
+    for layout in LAYOUTS.values():
+        for rows in ROWS:
+            numbers = [bins_for(layout, mu_of(epsilon), rows) for epsilon in EPSILONS]
+            assert numbers == sorted(numbers)
+            assert numbers[0] >= 2 and numbers[-1] <= CODEC["bins"]
+    few, many = (bins_for(LAYOUTS["wide"], mu, 1_000) for mu in (mu_of(0.1), math.inf))
+    assert few == min(values().bins) < many == CODEC["bins"]
+    at = {s: values().at(s, values().bins) for s in (values().knots[0] / 9, *values().knots)}
+    assert list(at.values()) == [values().bins[0], *values().bins]
+    between = math.sqrt(values().knots[0] * values().knots[1])
+    assert values().at(between, values().bins) == pytest.approx(sum(values().bins[:2]) / 2)
+
+
+def test_a_recipe_that_names_bins_has_as_many() -> None:
+    """Otherwise the planner says; empty slots keep the shapes of all budgets the same."""
+    usual, named = Recipe("naive_bayes"), Recipe("naive_bayes", {}, {}, {"bins": 9, "heaps": 3})
+    found = {}
+    for recipe, epsilon in itertools.product((usual, named), (0.5, 64.0)):
+        place = seat(epsilon)
+        plan = plan_of(recipe, place, 400).calibrate()
+        (run,) = train_fleet(recipe, [place])
+        coder = next(c for c in run.codec.coders if isinstance(c, NumericCoder) and c.slots)
+        layout = Layout.of(SCHEMA, **slots(recipe.codec))
+        mu = whole_mu(plan.epsilon, plan.delta, plan.spent, 1)
+        due = 9 if recipe is named else bins_for(layout, mu, 400)
+        assert bins_of(recipe, place, plan) == due
+        assert len(set(coder.leaf_bin.tolist())) <= due
+        assert coder.bins == (9 if recipe is named else CODEC["bins"])
+        assert run.codec.layout == layout
+        found[recipe is named, epsilon] = due
+    assert found[False, 0.5] < found[False, 64.0] and found[True, 0.5] == found[True, 64.0]
+    none = Recipe("naive_bayes", {}, {}, {"bins": None, "heaps": None})
+    assert codec_settings(none) == codec_settings(usual) == dict(CODEC)
 
 
 def test_the_file_says_how_it_was_fitted() -> None:

@@ -26,7 +26,7 @@ from dpsynth.privacy.plan import PrivacyPlan
 from dpsynth.randomness import Stream, keyed_stream, secure_stream
 from dpsynth.rows import MappedRows, read_rows, write_rows
 from dpsynth.survey import Survey
-from dpsynth.training.recipe import FAMILIES, Recipe, Seat, captured, codec_settings, plan_of
+from dpsynth.training.recipe import FAMILIES, Recipe, Seat, bins_of, captured, codec_settings, plan_of
 
 __all__ = ["Measured", "measure", "row_folder", "stacked"]
 
@@ -126,7 +126,8 @@ def measure(
     asked = Codec.questions(seat.table.schema, **codec_settings(recipe))
     parts = sum(share for _, share in asked)
     answers = measurer(ledger, plan.mu("codec"), parts, _stream(plan, key, "codec"))
-    codec = Codec.fit(seat.table, answers, rows=rows, **codec_settings(recipe))
+    settings = {**codec_settings(recipe), "wanted": bins_of(recipe, seat, plan)}
+    codec = Codec.fit(seat.table, answers, rows=rows, **settings)
     codes = list(_encoded(codec, seat.table)) if file is None else _written(codec, seat.table, file)
     parts = Marginals.asked(codec.layout)
     answers = measurer(ledger, plan.mu("marginals"), parts, _stream(plan, key, "marginals"))

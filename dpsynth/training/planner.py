@@ -6,8 +6,8 @@ on average over the noise that it would get if the whole budget went on all cand
     signal = μ · n / (√candidates · mean number of cells a candidate),
 
 with μ the whole Gaussian budget of (ε, δ), n the public number of rows, and the candidates of
-`dpsynth.chosen`. Shares of μ² are interpolated in log(signal) between the knots of `planner.json`,
-level outside of them. `scripts/fit_planner.py` fits the knots on simulated and public tables;
+`dpsynth.chosen`. Shares of μ², and the number of bins, are interpolated in log(signal) between the
+knots of `planner.json`, level outside of them. `scripts/fit_planner.py` fits the knots on simulated and public tables;
 experiments/planner/README.md has the evidence.
 """
 
@@ -36,10 +36,12 @@ __all__ = [
     "CODEC",
     "SHARES",
     "Values",
+    "bins_for",
     "budget",
     "family_of",
     "shares_of",
     "signal",
+    "slots",
     "values",
 ]
 
@@ -62,6 +64,7 @@ class Values:
         codec: Share of the codec at each knot.
         marginals: Share of the label × column tables at each knot.
         trained: What DP-SGD is left at each knot; the chosen tables get the rest.
+        bins: Bins of a number at each knot, at most as many as there are slots.
         faint: Signal below which DP-SGD does not pay.
         wide: Most levels W of a model with W × W weights.
         widest: Most levels W for which tables are chosen.
@@ -71,6 +74,7 @@ class Values:
     codec: tuple[float, ...]
     marginals: tuple[float, ...]
     trained: tuple[float, ...]
+    bins: tuple[int, ...]
     faint: float
     wide: int
     widest: int
@@ -82,16 +86,25 @@ class Values:
             shares = getattr(self, name)
             if len(shares) != len(self.knots) or not all(0 < share < 1 for share in shares):
                 raise UsageError(f"planner: {name}={shares} must be a share between 0 and 1 a knot")
+        if len(self.bins) != len(self.knots) or not all(
+            2 <= number <= CODEC["bins"] for number in self.bins
+        ):
+            raise UsageError(
+                f"planner: bins={self.bins} must be between 2 and {CODEC['bins']} a knot"
+            )
         parts = zip(self.codec, self.marginals, self.trained, strict=True)
         if any(sum(part) >= 1 - SHARES["rows"] for part in parts):
             raise UsageError("planner: shares of a knot leave nothing for the chosen tables")
 
+    def at(self, signal: float, values: tuple[float, ...]) -> float:
+        """Values of the knots, interpolated."""
+        place = math.log(min(max(signal, self.knots[0]), self.knots[-1]))
+        return float(np.interp(place, np.log(self.knots), values))
+
     def shares(self, at: float) -> dict[str, float]:
         """Shares of the measuring stages at a signal; what they leave is DP-SGD's."""
-        place = math.log(min(max(at, self.knots[0]), self.knots[-1]))
         codec, marginals, trained = (
-            float(np.interp(place, np.log(self.knots), values))
-            for values in (self.codec, self.marginals, self.trained)
+            self.at(at, values) for values in (self.codec, self.marginals, self.trained)
         )
         found = {"rows": SHARES["rows"], "codec": codec, "marginals": marginals}
         tables = 1 - codec - marginals - trained
@@ -104,6 +117,11 @@ def values() -> Values:
     held = json.loads(_FILE.read_text(encoding="utf-8"))["values"]
     read: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in held.items()}
     return Values(**read)
+
+
+def slots(codec: Mapping[str, Any]) -> dict[str, int]:
+    """`bins` and `heaps` of a recipe's codec, defaults filled in."""
+    return {**CODEC, **{name: count for name, count in codec.items() if count is not None}}
 
 
 def signal(layout: Layout, mu: float, rows: int) -> float:
@@ -149,6 +167,17 @@ def shares_of(layout: Layout, mu: float, rows: int) -> dict[str, float]:
     return values().shares(signal(layout, mu, rows))
 
 
+def bins_for(layout: Layout, mu: float, rows: int) -> int:
+    """How many bins to make of a number; never more than there are slots.
+
+    Args:
+        layout: Public shape of encoded rows.
+        mu: The whole Gaussian budget μ of one row; inf without privacy.
+        rows: Public number of rows.
+    """
+    return round(values().at(signal(layout, mu, rows), values().bins))
+
+
 def family_of(
     schema: Schema, epsilon: float, privacy: Mapping[str, Any], codec: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
@@ -172,7 +201,7 @@ def family_of(
     check_fraction("delta", delta)
     contributions = privacy.get("contributions", 1)
     check_count("contributions", contributions)
-    layout, fitted = Layout.of(schema, **{**CODEC, **codec}), values()
+    layout, fitted = Layout.of(schema, **slots(codec)), values()
     if layout.width > fitted.widest:
         return "diffusion", {"components": 0}
     if layout.width > fitted.wide:

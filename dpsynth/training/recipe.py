@@ -25,7 +25,7 @@ from dpsynth.privacy.plan import NoPrivacy, PrivacyPlan, check_shares
 from dpsynth.privacy.precision import PRECISIONS
 from dpsynth.privacy.targets import Target
 from dpsynth.privacy.targets import epsilon_for as target_epsilon
-from dpsynth.training.planner import CODEC, SHARES, budget, shares_of
+from dpsynth.training.planner import CODEC, SHARES, bins_for, budget, shares_of, slots
 
 __all__ = [
     "FAMILIES",
@@ -35,6 +35,7 @@ __all__ = [
     "build_fleet",
     "captured",
     "check_seat",
+    "bins_of",
     "codec_settings",
     "epsilon_for",
     "plain",
@@ -72,7 +73,8 @@ class Recipe:
         model: Name of a family.
         options: Its settings (widths, learning rate, draws, …).
         privacy: Settings of `PrivacyPlan` other than ε and rows.
-        codec: `bins` and `heaps`.
+        codec: `bins` and `heaps`; what is left out or `None` is as usual, and how many of the slots
+            for bins are in use is then the planner's choice.
         engine: `taps`, `opacus_hooks` or `opacus_ghost`.
         piece: Largest number of records in memory at a time, a run.
         device: `auto`, `cpu` or `cuda`.
@@ -209,7 +211,15 @@ def check_seat(recipe: Recipe, seat: Seat) -> None:
 
 def codec_settings(recipe: Recipe) -> dict[str, int]:
     """`bins` and `heaps` of a recipe, defaults filled in."""
-    return {**CODEC, **recipe.codec}
+    return slots(recipe.codec)
+
+
+def bins_of(recipe: Recipe, seat: Seat, plan: PrivacyPlan) -> int:
+    """How many bins to make of a number: what the recipe names, else what the planner says."""
+    if (named := recipe.codec.get("bins")) is not None:
+        return named
+    mu = budget(plan.epsilon, plan.delta, plan.spent, plan.contributions)
+    return bins_for(Layout.of(seat.table.schema, **codec_settings(recipe)), mu, plan.rows)
 
 
 def surveys(recipe: Recipe) -> bool:
