@@ -2,8 +2,8 @@
 
 `python scripts/fit_planner.py run --data FOLDER --minutes 30` trains on simulated tables and on the
 Parquet files of FOLDER that `PUBLIC` names, one setting after another, and adds a line a run to
-experiments/planner/planner-runs.json, or to bins-runs.json beside it for the group `bins`, which is
-compared with runs of its own commit; what is there already is not run again.
+experiments/planner/planner-runs.json, or for the group `codec` to codec-runs.json beside it, whose
+runs are of a later commit than the others; what is there already is not run again.
 `python scripts/fit_planner.py fit` compares them and writes dpsynth/training/planner.json.
 """
 
@@ -46,7 +46,7 @@ from dpsynth.training.recipe import Recipe, Seat
 
 HERE = Path(__file__).resolve().parent.parent
 FOLDER = HERE / "experiments" / "planner"
-RUNS, BINS = FOLDER / "planner-runs.json", FOLDER / "bins-runs.json"
+RUNS, CODECS = FOLDER / "planner-runs.json", FOLDER / "codec-runs.json"
 PLANNER = HERE / "dpsynth" / "training" / "planner.json"
 # Target, columns that are left out, most rows to train on.
 PUBLIC: Mapping[str, tuple[str, tuple[str, ...], int]] = {
@@ -94,16 +94,20 @@ class Setting:
         return Recipe(self.model, {}, privacy, codec, device="cpu")
 
 
-# All but those of `bins`, which have their own file.
-_OTHERS = ("rest", "codec", "asked", "marginals", "heaps")
+# Bins that are tried.
+TRIED = (CODEC["bins"], 12)
+# All but those of `codec`, which have their own file.
+_OTHERS = ("rest", "asked", "marginals", "heaps")
 # What is varied, what with: the first of each is the present value.
 GROUPS: Mapping[str, Sequence[Setting]] = {
     "rest": [Setting("autoregressive", rest=rest) for rest in (0.3, 0.15)],
-    "codec": [Setting("mixture", codec=codec) for codec in (0.05, 0.1, 0.2, 0.35)],
+    "codec": [
+        Setting("mixture", codec=codec, bins=bins)
+        for bins, codec in itertools.product(TRIED, (0.05, 0.1, 0.2))
+    ],
     "asked": [Setting("mixture", asked=asked) for asked in (1.0, 0.6, 1.6)],
     "marginals": [Setting("mixture", marginals=share) for share in (0.08, 0.03, 0.2)],
     "heaps": [Setting("mixture", heaps=heaps) for heaps in (16, 32)],
-    "bins": [Setting("mixture", bins=bins) for bins in (CODEC["bins"], 12)],
 }
 
 
@@ -189,7 +193,7 @@ def _same(row: Mapping[str, Any], name: str, epsilon: float, setting: Setting) -
 def run_all(folder: Path, minutes: float, only: Sequence[str]) -> None:
     """As many of `wanted` as fit."""
     torch.set_num_threads(1)
-    file = BINS if [*only] == ["bins"] else RUNS
+    file = CODECS if [*only] == ["codec"] else RUNS
     held = json.loads(file.read_text())["runs"] if file.exists() else []
     until, cache = time.monotonic() + 60 * minutes, {}
     groups = [setting for name in only or _OTHERS for setting in GROUPS[name]]
@@ -319,14 +323,26 @@ def _within(found: Curves, moved: Shares, path: Shares) -> bool:
     return bool(each.mean() <= error)
 
 
+def nearest(row: Mapping[str, Any], bins: Shares) -> Mapping[str, Any] | None:
+    """The run as if its bins were the usual ones, if of those that were tried they are nearest to
+    what the knots say: shares are compared at the bins that they will be used with."""
+    place = math.log(min(max(row["signal"], KNOTS[0]), KNOTS[-1]))
+    due = float(np.interp(place, np.log(KNOTS), bins))
+    if row["setting"]["bins"] != min(TRIED, key=lambda tried: abs(tried - due)):
+        return None
+    return {**row, "setting": {**row["setting"], "bins": CODEC["bins"]}}
+
+
 def fit() -> None:
     """Write planner.json from the runs."""
     held = json.loads(RUNS.read_text())
     rows = held["runs"]
-    codec, first = chosen(curves(rows, "codec", "codec"), GRID["codec"], PRESENT["codec"])
     trained, second = chosen(curves(rows, "rest", "rest"), GRID["trained"], USUAL["trained"])
-    apart = json.loads(BINS.read_text())["runs"]
-    bins, third = chosen(curves(apart, "bins", "bins"), GRID["bins"], CODEC["bins"])
+    apart = json.loads(CODECS.read_text())["runs"]
+    bins, third = chosen(curves(apart, "codec", "bins"), GRID["bins"], CODEC["bins"])
+    near = [nearest(row, bins) for row in apart]
+    apart_at = [row for row in near if row is not None]
+    codec, first = chosen(curves(apart_at, "codec", "codec"), GRID["codec"], PRESENT["codec"])
     values = {
         "knots": KNOTS,
         "codec": codec,
