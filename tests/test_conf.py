@@ -188,7 +188,8 @@ def test_the_recipes_settings_are_its_defaults() -> None:
     assert training == {k: v for k, v in own.items() if k not in ("options", "privacy", "codec")}
     codec = body(Path("codec/default.yaml"))
     assert codec.pop("bins") is None is defaults(Codec.fit)["wanted"]
-    assert {"bins": CODEC["bins"], **codec} == CODEC == {name: defaults(Codec.fit)[name] for name in ("bins", "heaps")}
+    assert {"bins": CODEC["bins"], **codec} == CODEC
+    assert {name: defaults(Codec.fit)[name] for name in CODEC} == CODEC
 
 
 def test_judging_is_what_the_sweep_would_take() -> None:

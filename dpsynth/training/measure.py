@@ -26,7 +26,15 @@ from dpsynth.privacy.plan import PrivacyPlan
 from dpsynth.randomness import Stream, keyed_stream, secure_stream
 from dpsynth.rows import MappedRows, read_rows, write_rows
 from dpsynth.survey import Survey
-from dpsynth.training.recipe import FAMILIES, Recipe, Seat, bins_of, captured, codec_settings, plan_of
+from dpsynth.training.recipe import (
+    FAMILIES,
+    Recipe,
+    Seat,
+    bins_of,
+    captured,
+    codec_settings,
+    plan_of,
+)
 
 __all__ = ["Measured", "measure", "row_folder", "stacked"]
 

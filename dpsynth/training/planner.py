@@ -7,8 +7,8 @@ on average over the noise that it would get if the whole budget went on all cand
 
 with μ the whole Gaussian budget of (ε, δ), n the public number of rows, and the candidates of
 `dpsynth.chosen`. Shares of μ², and the number of bins, are interpolated in log(signal) between the
-knots of `planner.json`, level outside of them. `scripts/fit_planner.py` fits the knots on simulated and public tables;
-experiments/planner/README.md has the evidence.
+knots of `planner.json`, level outside of them. `scripts/fit_planner.py` fits the knots on simulated
+and public tables; experiments/planner/README.md has the evidence.
 """
 
 from __future__ import annotations
