@@ -333,7 +333,9 @@ def away_from_counts(run: Run) -> np.ndarray:
     shares = run.generator.prior_logits.double().softmax(-1)[0].numpy()
     if run.generator.components:  # those of a mixture that agrees with many tables, none of them
         shares = shares[:0]
-    held = np.concatenate([shares, *(coder.mass[coder.mass > 0] for coder in coders)]) * ROWS
+    # Leaves whose masses were pooled share one noisy number, which counts once.
+    masses = [np.unique(coder.mass[coder.mass > 0]) for coder in coders]
+    held = np.concatenate([shares, *masses]) * ROWS
     return np.abs(held - held.round())
 
 
