@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,7 +81,6 @@ def main() -> None:
     parser.add_argument("--recipe", type=json.loads, default={}, help="options, privacy, codec")
     settings = parser.parse_args()
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     lines = settings.out.read_text().splitlines() if settings.out.is_file() else []
     done = {json.dumps(json.loads(line)["run"]) for line in lines}
     for seed in range(*settings.seeds):
