@@ -24,12 +24,13 @@ from torch import Tensor
 
 from dpsynth.checks import UsageError, check_count
 from dpsynth.data import Table
+from dpsynth.leaves import FANOUT, grow_leaves
 from dpsynth.privacy.mechanisms import HistogramNoise, Measurer
 from dpsynth.schema import Column, Schema
+from dpsynth.simplex import onto_simplex
 
 __all__ = ["Codec", "Layout"]
 
-_FANOUT = 16
 _MAX_CELLS = 2**22
 _UNKNOWN_STEP_CELLS = 2**16
 # Up to so many cells one noisy count a cell costs less than a tree does.
@@ -38,12 +39,14 @@ _SHORT_CELLS = 1024
 # spots are all that could be heaps.
 _EXACT_PARTS, _LONG_PARTS = (2, 1), (1, 2)
 # A node is split where its mass is so many σ: of less, its children show noise.
-_CLEAR = 4.0
+_CLEAR = 5.0
 # A share of the rows, and a count that neighbours of a few rows do not reach by chance.
 _HEAP_MASS, _HEAP_ROWS = 0.0005, 10
 _HEAP_PROMINENCE = 4.0
 _HEAP_WINDOW = 4
 _LEAST_BIN = 0.001
+# Leaves that a bin is made of where noise allows.
+_PIECES = 8
 _REDRAWS = 32
 
 
@@ -370,9 +373,10 @@ class NumericCoder:
         coder = cls(column, bins, heaps, starts, mass / rows, leaf_bin, found)
         return coder._shrunk(sigma / rows)
 
-    def _shrunk(self, sigma: float) -> NumericCoder:
+    def _shrunk(self, sigma: np.ndarray) -> NumericCoder:
         """Masses pulled together inside a bin as far as their noise of `sigma` explains that they
-        differ. Only among leaves of equally many cells: a mean of others is no density."""
+        differ (leaves,). Only among leaves of equally many cells: others have no common density.
+        """
         pairs = np.stack([self.leaf_bin, self._free()[1]], axis=1)
         group = np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
         return replace(self, mass=_shrink(self.mass, group, sigma))
@@ -415,8 +419,8 @@ class _Seen:
         return noisy[:-1], max(float(noisy[-1]), 0.0)
 
 
-# Heaps, first cell and mass of each leaf, and σ of a mass.
-_Counted = tuple[np.ndarray, np.ndarray, np.ndarray, float]
+# Heaps; first cell, mass and σ of each leaf.
+_Counted = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def _count_cells(
@@ -428,8 +432,8 @@ def _count_cells(
     found = _find_heaps(noisy, noise.sigma, rows, _HEAP_WINDOW)[:heaps]
     rest = max(rows - noisy[found].sum() - missing, 1.0)
     noisy[found] = -np.inf
-    mass = _onto_simplex(noisy[None], np.array([rest]))[0]
-    return found, np.arange(cells), mass, noise.sigma
+    mass = onto_simplex(noisy, rest)
+    return found, np.arange(cells), mass, np.full(cells, noise.sigma)
 
 
 def _count_nodes(
@@ -444,10 +448,38 @@ def _count_nodes(
         found = _find_heaps(noisy, noise.sigma, rows, around)[:heaps]
         rest = max(rows - noisy[found].sum() - missing, 1.0)
         seen = replace(seen.without(found), missing=None)
-    depth = math.ceil(math.log(grid.cells, _FANOUT))
-    noise, least = ask(depth), rows * _LEAST_BIN
-    starts, mass = _grow_tree(seen, found, noise, depth, rest, bins=bins, least=least)
-    return found, starts, mass, noise.sigma
+    depth, taken = math.ceil(math.log(grid.cells, FANOUT)), grid.taken(found)
+    counts = _Stretches(seen, ask(depth), rest)
+
+    def limits() -> tuple[float, float]:
+        heavy = max(counts.rest / bins, rows * _LEAST_BIN) / _PIECES
+        return counts.rest, max(heavy, _CLEAR * counts.noise.sigma)
+
+    def free(first: np.ndarray, last: np.ndarray) -> np.ndarray:
+        return (last - np.searchsorted(taken, last)) - (first - np.searchsorted(taken, first))
+
+    starts, mass, spread = grow_leaves(counts, free, grid.cells, depth, limits)
+    return found, starts, mass, counts.noise.sigma * np.sqrt(spread)
+
+
+class _Stretches:
+    """Noisy counts of stretches of cells; the first histogram counts missing rows too, unless they
+    have been.
+
+    Attributes:
+        rest: Rows that are to be found in cells, by noisy counts; known after the first histogram.
+    """
+
+    def __init__(self, seen: _Seen, noise: HistogramNoise, rest: float) -> None:
+        self._seen, self._cell = seen, np.sort(seen.grid.cell(seen.numbers))
+        self.noise, self.rest = noise, rest
+
+    def __call__(self, starts: np.ndarray) -> np.ndarray:
+        place = np.searchsorted(starts, self._cell, side="right") - 1
+        noisy, missing = self._seen.histogram(self.noise, place, len(starts))
+        self.rest = max(self.rest - missing, 1.0)
+        self._seen = replace(self._seen, missing=None)
+        return noisy
 
 
 def _find_heaps(noisy: np.ndarray, sigma: float, rows: int, around: int) -> np.ndarray:
@@ -473,72 +505,13 @@ def _find_heaps(noisy: np.ndarray, sigma: float, rows: int, around: int) -> np.n
     return spots[np.argsort(-heavy, kind="stable")]
 
 
-def _grow_tree(
-    seen: _Seen,
-    taken: np.ndarray,
-    noise: HistogramNoise,
-    depth: int,
-    rest: float,
-    *,
-    bins: int,
-    least: float,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Split every node heavier than half a bin and clear of the noise; (starts, mass) of the
-    leaves. One histogram a level, so `depth` of them are paid for; the first counts missing rows
-    too, unless they have been.
-
-    Children share the mass of their node (`rest`, at the root), so that the noise of empty
-    stretches adds up to nothing. Those without a cell but the heaps (`taken`) get none.
-    """
-    cells, cell = seen.grid.cells, seen.grid.cell(seen.numbers)
-    nodes, mass, threshold = np.zeros(1, dtype=np.int64), np.array([rest]), 0.0
-    leaves: list[tuple[np.ndarray, np.ndarray]] = []
-    for level in range(1, depth + 1):
-        width = _FANOUT ** (depth - level)
-        children = nodes[:, None] * _FANOUT + np.arange(_FANOUT)
-        inside = children * width < cells
-        asked, node = children[inside], cell // width
-        place = np.searchsorted(asked, node).clip(max=len(asked) - 1)
-        noisy, missing = seen.histogram(noise, place[asked[place] == node], len(asked))
-        if level == 1:
-            mass, seen = np.maximum(mass - missing, 1.0), replace(seen, missing=None)
-            threshold = max(mass[0] / bins / 2, least / 2, _CLEAR * noise.sigma)
-        counts = np.full(children.shape, -np.inf)
-        counts[inside] = noisy
-        edges = np.minimum([children * width, (children + 1) * width], cells)
-        first, last = edges - np.searchsorted(seen.grid.taken(taken), edges)
-        counts[first == last] = -np.inf
-        shared = _onto_simplex(counts, mass)
-        split = (shared > threshold) & (level < depth)
-        leaf = inside & ~split
-        leaves.append((children[leaf] * width, shared[leaf]))
-        nodes, mass = children[split], shared[split]
-        if not len(nodes):
-            break
-    starts, held = (np.concatenate(part) for part in zip(*leaves, strict=True))
-    order = np.argsort(starts)
-    return starts[order], held[order]
-
-
-def _onto_simplex(counts: np.ndarray, totals: np.ndarray) -> np.ndarray:
-    """Each row's nearest point with sum `totals` and no negative entry; −inf gives 0.
-
-    Subtracting one constant and cutting at 0 removes the upward bias that cutting alone gives
-    noisy zeros (Euclidean projection; Duchi et al. 2008).
-    """
-    order = -np.sort(-counts, axis=-1)
-    excess = (np.cumsum(order, axis=-1) - totals[:, None]) / np.arange(1, counts.shape[-1] + 1)
-    last = np.maximum((order > excess).sum(axis=-1) - 1, 0)
-    return np.maximum(counts - np.take_along_axis(excess, last[:, None], axis=-1), 0)
-
-
-def _shrink(mass: np.ndarray, group: np.ndarray, sigma: float) -> np.ndarray:
+def _shrink(mass: np.ndarray, group: np.ndarray, sigma: np.ndarray) -> np.ndarray:
     """Positive-part James–Stein towards the mean of each group, whose sum stays (Efron & Morris
     1973); without noise nothing moves."""
     size = np.bincount(group)
     mean = np.bincount(group, mass) / size
     spread = np.bincount(group, (mass - mean[group]) ** 2)
-    noise = (size - 1) * sigma**2
+    noise = (size - 1) / size * np.bincount(group, sigma**2)
     kept = 1 - np.divide(noise, spread, out=np.ones(len(size)), where=spread > noise)[group]
     return kept * mass + (1 - kept) * mean[group]
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from dpsynth.codec import Layout
 from dpsynth.privacy.mechanisms import Measurer
+from dpsynth.simplex import onto_simplex
 
-__all__ = ["Marginals", "NoisyTable", "onto_simplex"]
+__all__ = ["Marginals", "NoisyTable"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,15 +105,15 @@ class Marginals:
         occurs = np.ones(1, dtype=bool) if layout.target is None else masks[layout.target]
         prior = np.zeros(layout.groups)
         whole = max(float(totals[occurs].sum()), 1.0)
-        prior[occurs] = onto_simplex(totals[occurs], whole)
+        prior[occurs] = onto_simplex(totals[occurs], whole) / whole
         blocks = []
         for j, levels in enumerate(layout.levels):
             block = np.zeros((layout.groups, levels))
             if j == layout.target:
                 block[:] = prior
             else:
-                for g in range(layout.groups):
-                    block[g, masks[j]] = onto_simplex(counts[j][g, masks[j]], max(totals[g], 1.0))
+                rows = np.maximum(totals, 1.0)
+                block[:, masks[j]] = onto_simplex(counts[j][:, masks[j]], rows) / rows[:, None]
             blocks.append(block)
         return whole, torch.from_numpy(prior), torch.from_numpy(np.concatenate(blocks, axis=1))
 
@@ -140,15 +141,3 @@ def _joint(codes: Tensor, layout: Layout, column: int) -> np.ndarray:
     levels = layout.levels[column]
     cell = layout.group_of(codes).long() * levels + codes[:, column].long()
     return np.bincount(cell.numpy(), minlength=layout.groups * levels).astype(float)
-
-
-def onto_simplex(counts: np.ndarray, total: float) -> np.ndarray:
-    """Nearest point with sum `total` and no negative entry, as shares of it.
-
-    Subtracting one constant and cutting at 0 removes the upward bias that cutting alone gives
-    noisy zeros (Euclidean projection; Duchi et al. 2008).
-    """
-    order = np.sort(counts)[::-1]
-    excess = (np.cumsum(order) - total) / np.arange(1, len(order) + 1)
-    shift = excess[np.flatnonzero(order > excess)[-1]]
-    return np.maximum(counts - shift, 0) / total

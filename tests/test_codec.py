@@ -11,16 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import by_bisection
 from scipy import stats
 
 from dpsynth import codec as codec_module
 from dpsynth import datasets
 from dpsynth.checks import UsageError
-from dpsynth.codec import Codec, Grid, Layout, NumericCoder, _onto_simplex, _shrink
+from dpsynth.codec import Codec, Grid, Layout, NumericCoder, _shrink
 from dpsynth.data import Table
 from dpsynth.evaluation.coding import Coder
-from dpsynth.marginals import Marginals, onto_simplex
+from dpsynth.marginals import Marginals
 from dpsynth.privacy.calibration import gaussian_mu
 from dpsynth.privacy.ledger import Ledger
 from dpsynth.privacy.mechanisms import Measurer
@@ -613,7 +612,7 @@ def test_shrinking_is_positive_part_james_stein(
 ) -> None:
     mass, group = np.array([m for m, _ in leaves]), np.array([g for _, g in leaves])
     group = np.unique(group, return_inverse=True)[1]
-    found = _shrink(mass, group, sigma)
+    found = _shrink(mass, group, np.full(len(mass), sigma))
     for number in range(group.max() + 1):
         own = mass[group == number]
         mean = own.sum() / len(own)
@@ -642,26 +641,6 @@ def test_shrinking_moves_no_mass_between_bins_or_widths(
     for key in set(keys):
         own = [place for place, other in enumerate(keys) if other == key]
         assert after.mass[own].sum() == pytest.approx(before.mass[own].sum(), abs=1e-12)
-
-
-@given(
-    st.lists(
-        st.lists(st.floats(-1e4, 1e4) | st.just(-math.inf), min_size=3, max_size=3), min_size=1
-    ),
-    st.floats(1, 1e4),
-)
-def test_children_share_what_their_node_has(counts: list[list[float]], total: float) -> None:
-    """Row by row the nearest point of the simplex, without those that may have nothing."""
-    table = np.array(counts)
-    table[:, 0] = np.maximum(table[:, 0], -1e4)
-    totals = total * np.arange(1, len(table) + 1)
-    found = _onto_simplex(table, totals)
-    assert (found >= 0).all()
-    np.testing.assert_allclose(found.sum(axis=1), totals)
-    for row, whole, shared in zip(table, totals, found, strict=True):
-        some = np.isfinite(row)
-        assert (shared[~some] == 0).all()
-        np.testing.assert_allclose(shared[some], by_bisection(row[some], whole), atol=1e-6)
 
 
 def test_a_leaf_that_is_all_heap_has_no_mass() -> None:
@@ -957,18 +936,3 @@ def test_noise_of_marginals_is_unbiased_and_shrinks_with_the_budget() -> None:
         spread = found.std(0) / math.sqrt(30)
         assert (bias[exact > 0.1] < 5 * spread[exact > 0.1] + 1e-9).all()
     assert errors[0] > 4 * errors[1]
-
-
-@given(
-    st.lists(st.floats(-1e4, 1e4), min_size=1, max_size=12),
-    st.floats(1, 1e4),
-)
-def test_projection_is_the_nearest_distribution(counts: list[float], total: float) -> None:
-    found = onto_simplex(np.array(counts), total)
-    assert (found >= 0).all()
-    np.testing.assert_allclose(found * total, by_bisection(np.array(counts), total), atol=1e-6)
-    assert found.sum() == pytest.approx(1, abs=1e-9)
-    # Nothing on the simplex is nearer (Duchi et al. 2008): the corners are all farther away.
-    for corner in np.eye(len(counts)):
-        inner = (np.array(counts) - found * total) @ (corner * total - found * total)
-        assert inner <= 1e-6 * max(1.0, total * np.abs(counts).max())

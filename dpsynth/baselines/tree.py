@@ -22,9 +22,10 @@ from torch import Tensor
 from dpsynth.baselines.marginal import NaiveBayes
 from dpsynth.checks import UsageError
 from dpsynth.codec import Layout
-from dpsynth.marginals import Marginals, NoisyTable, onto_simplex
+from dpsynth.marginals import Marginals, NoisyTable
 from dpsynth.privacy.plan import PrivacyPlan
 from dpsynth.randomness import FleetRng
+from dpsynth.simplex import onto_simplex
 from dpsynth.survey import Survey
 
 __all__ = [
@@ -331,7 +332,7 @@ def one_way_counts(
             total += weight * cut.sum(axis=others)
             weights += weight
         counts, mask = np.zeros(levels), masks[column]
-        counts[mask] = rows * onto_simplex(total[mask] / weights, rows)
+        counts[mask] = onto_simplex(total[mask] / weights, rows)
         found.append(counts)
     return found
 
@@ -366,9 +367,7 @@ def consistent(
     high, wide, rows = len(down), len(right), down.sum()
     cut = cut + (down - cut.sum(1))[:, None] / wide + (right - cut.sum(0)) / high
     cut = cut - (rows - counts[inside].sum()) / (high * wide)
-    fitted = np.array(
-        [n * onto_simplex(row, n) if n > 0 else 0 * row for row, n in zip(cut, down, strict=True)]
-    )
+    fitted = onto_simplex(cut, np.maximum(down, 0))
     fitted += 1e-9 * np.outer(down, right) / max(rows, 1.0)
     for _ in range(_RAKES):
         fitted *= right / np.maximum(fitted.sum(0), 1e-30)
