@@ -341,7 +341,10 @@ def away_from_counts(run: Run) -> np.ndarray:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_masses_and_shares_are_noisy(model: str, runs: dict[str, Run]) -> None:
-    assert (away_from_counts(runs[model]) > 1e-3).mean() > 0.95
+    """One in 500 noisy numbers comes as near to a whole one by chance."""
+    apart = away_from_counts(runs[model])
+    assert len(apart) > 10
+    assert (apart < 1e-3).sum() <= 1
 
 
 @pytest.mark.parametrize("model", MODELS)
