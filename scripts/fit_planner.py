@@ -47,6 +47,7 @@ from dpsynth.training.recipe import Recipe, Seat
 HERE = Path(__file__).resolve().parent.parent
 FOLDER = HERE / "experiments" / "planner"
 RUNS, CODECS = FOLDER / "planner-runs.json", FOLDER / "codec-runs.json"
+SMALL, TRAINED = FOLDER / "small-runs.json", FOLDER / "trained-runs.json"
 PLANNER = HERE / "dpsynth" / "training" / "planner.json"
 # Target, columns that are left out, most rows to train on.
 PUBLIC: Mapping[str, tuple[str, tuple[str, ...], int]] = {
@@ -110,11 +111,23 @@ GROUPS: Mapping[str, Sequence[Setting]] = {
     "asked": [Setting("mixture", asked=asked) for asked in (1.0, 0.6, 1.6)],
     "marginals": [Setting("mixture", marginals=share) for share in (0.08, 0.03, 0.2)],
     "heaps": [Setting("mixture", heaps=heaps) for heaps in (16, 32)],
+    "small": [
+        Setting("mixture", codec=SHIPPED, marginals=share, bins=TRIED[-1])
+        for share in (PRESENT["marginals"], 0.2, 0.4, 0.7)
+    ],
+    "trained": [
+        Setting("autoregressive", codec=SHIPPED, rest=rest, bins=TRIED[-1])
+        for rest in (0.3, 0.15, 0.05)
+    ],
 }
+# Groups with a file of their own, and the first rows of each table that `small` is trained on.
+FILES = {"codec": CODECS, "small": SMALL, "trained": TRAINED}
+FIRST = (500, 2000)
 
 
 def tables_of(name: str, folder: Path | None) -> tuple[Table, Table]:
     """Rows to train on, with their declared number, and rows to judge by."""
+    name, _, first = name.partition(":")
     rng = stream(0, f"planner:{name}")
     if name in SIMULATED:
         rows = SIMULATED[name]
@@ -131,7 +144,8 @@ def tables_of(name: str, folder: Path | None) -> tuple[Table, Table]:
         whole = Table.from_frame(frame, schema)
     order = rng.permutation(len(whole))
     train, held = whole.take(order[:rows]), whole.take(order[rows:])
-    return Table(replace(whole.schema, expected_rows=rows), train.frame), held
+    train = train.take(np.arange(int(first or rows)))
+    return Table(replace(whole.schema, expected_rows=len(train)), train.frame), held
 
 
 def run(name: str, parts: tuple[Table, Table], epsilon: float, setting: Setting) -> dict[str, Any]:
@@ -175,15 +189,16 @@ def run(name: str, parts: tuple[Table, Table], epsilon: float, setting: Setting)
     }
 
 
-def wanted() -> Iterator[tuple[str, float, Setting]]:
-    """Runs in the order of what they tell: any beginning can be compared."""
+def wanted(only: Sequence[str]) -> Iterator[tuple[str, float, Setting]]:
+    """Runs of these groups in the order of what they tell: any beginning can be compared."""
     first = ("cardio", "law_school", "scm", "nltcs", "airbnb_nyc")
     others = [name for name in (*PUBLIC, *SIMULATED) if name not in first]
     for names in (first, others):
-        for group in GROUPS.values():
-            for name in names:
-                for epsilon in EPSILONS:
-                    for setting in group:
+        for group in only:
+            parts = [f"{name}:{rows}" for name in names for rows in FIRST]
+            for name in parts if group == "small" else names:
+                for epsilon in EPSILONS[: 2 if group in ("small", "trained") else None]:
+                    for setting in GROUPS[group]:
                         yield name, epsilon, setting
 
 
@@ -195,12 +210,11 @@ def _same(row: Mapping[str, Any], name: str, epsilon: float, setting: Setting) -
 def run_all(folder: Path, minutes: float, only: Sequence[str]) -> None:
     """As many of `wanted` as fit."""
     torch.set_num_threads(1)
-    file = CODECS if [*only] == ["codec"] else RUNS
+    file = FILES.get(only[0], RUNS) if len(only) == 1 else RUNS
     held = json.loads(file.read_text())["runs"] if file.exists() else []
     until, cache = time.monotonic() + 60 * minutes, {}
-    groups = [setting for name in only or _OTHERS for setting in GROUPS[name]]
-    for name, epsilon, setting in wanted():
-        if setting not in groups or any(_same(row, name, epsilon, setting) for row in held):
+    for name, epsilon, setting in wanted(only or _OTHERS):
+        if any(_same(row, name, epsilon, setting) for row in held):
             continue
         if time.monotonic() > until:
             return
@@ -226,9 +240,10 @@ def versions() -> dict[str, str]:
 # -- fit -----------------------------------------------------------------------------------------
 
 # Signals of the knots, and the shares that each may have.
-KNOTS = (0.25, 1.0, 4.0, 16.0)
+KNOTS = (0.015625, 0.0625, 0.25, 1.0, 4.0, 16.0)
 GRID: Mapping[str, Sequence[float]] = {
     "codec": (0.05, 0.075, 0.1, 0.15, 0.2),
+    "marginals": (0.08, 0.2, 0.3, 0.4, 0.5),
     "trained": (0.1, 0.15, 0.2, 0.25, 0.3),
     "bins": (12, 14, 16, 18, 20),
 }
@@ -275,9 +290,14 @@ def regrets(found: Curves, shares: Sequence[float]) -> np.ndarray:
     return np.array(out)
 
 
+def named(table: str) -> str:
+    """The table that first rows are of."""
+    return table.partition(":")[0]
+
+
 def by_table(found: Curves, values: np.ndarray) -> np.ndarray:
     """Mean over ε of each table: its runs are not independent."""
-    names = np.array([name for name, _ in found])
+    names = np.array([named(name) for name, _ in found])
     return np.array([values[names == name].mean() for name in sorted(set(names))])
 
 
@@ -342,13 +362,16 @@ def fit() -> None:
     trained, second = chosen(curves(rows, "rest", "rest"), GRID["trained"], USUAL["trained"])
     apart = json.loads(CODECS.read_text())["runs"]
     bins, third = chosen(curves(apart, "codec", "bins"), GRID["bins"], CODEC["bins"])
+    small = json.loads(SMALL.read_text())["runs"]
+    found = curves([*small, *apart], "small", "marginals")
+    marginals, fourth = chosen(found, GRID["marginals"], PRESENT["marginals"])
     near = [nearest(row, bins) for row in apart]
     apart_at = [row for row in near if row is not None]
     codec, first = chosen(curves(apart_at, "codec", "codec"), GRID["codec"], SHIPPED)
     values = {
         "knots": KNOTS,
         "codec": codec,
-        "marginals": [PRESENT["marginals"]] * len(KNOTS),
+        "marginals": marginals,
         **{name: value for name, value in USUAL.items() if name != "trained"},
         "trained": trained,
         "bins": bins,
@@ -356,11 +379,11 @@ def fit() -> None:
     facts = {
         "command": "python scripts/fit_planner.py run --data FOLDER; python scripts/fit_planner.py "
         "fit",
-        "tables": sorted({row["table"] for row in [*rows, *apart]}),
+        "tables": sorted({named(row["table"]) for row in [*rows, *apart, *small]}),
         "seeds": [0],
         "versions": held["versions"],
-        "runs": len(rows) + len(apart),
-        "regret": {"codec": first, "trained": second, "bins": third},
+        "runs": len(rows) + len(apart) + len(small),
+        "regret": {"codec": first, "trained": second, "bins": third, "marginals": fourth},
     }
     PLANNER.write_text(json.dumps({"values": values, "fit": facts}, indent=1) + "\n")
     print(PLANNER.read_text())
