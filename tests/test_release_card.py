@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from dpsynth.checks import UsageError
+from dpsynth.frontier.results import markdown_text
 from dpsynth.release import FACTS, card
+from dpsynth.training.recipe import FAMILIES
 
 BASE: dict[str, Any] = {
     "name": "adult-vae-1", "family": "vae", "epsilon": 1.0, "delta": 1e-5, "data": "adult",
@@ -148,3 +150,11 @@ def test_a_needed_fact_is_missed(name):
 def test_bad_facts_are_refused(change, message):
     with pytest.raises(UsageError, match=message):
         card(BASE | change)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_says_when_to_choose_it(family: str) -> None:
+    suits = FAMILIES[family].suits
+    assert suits[0].isupper() and suits.endswith(".")
+    assert markdown_text(suits) in card({**BASE, "family": family, "suits": suits})
+    assert len({other.suits for other in FAMILIES.values()}) == len(FAMILIES)

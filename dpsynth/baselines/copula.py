@@ -65,6 +65,7 @@ class Copula(Independent):
     """
 
     family = "copula"
+    suits = "For comparison: dependence of two columns at a time, of one shape."
     surveys = True
 
     order: Tensor

@@ -135,6 +135,7 @@ class Mst(_Pooled):
     """A spanning tree of pairs, each chosen by how far it is from independence."""
 
     family = "mst"
+    suits = "For comparison: the usual tree of two-way tables, by the package mbi."
 
     @classmethod
     def measure(cls, fit: _Fit, survey: Survey, options: Mapping[str, Any]) -> None:
@@ -168,6 +169,10 @@ class Aim(_Pooled):
     """
 
     family = "aim"
+    suits = (
+        "For comparison: the strongest published choice of tables, by the package mbi; minutes to "
+        "hours a run."
+    )
 
     def __init__(
         self,

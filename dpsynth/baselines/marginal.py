@@ -50,6 +50,10 @@ class NaiveBayes(_Measured):
     """Every column depends on the target alone."""
 
     family = "naive_bayes"
+    suits = (
+        "For comparison, or where there are so few rows that nothing but label × column tables "
+        "rises above the noise."
+    )
 
     def tables(self, component: Tensor) -> Tensor:
         return self.offset(component)
@@ -68,6 +72,10 @@ class MixtureOfProducts(NaiveBayes):
     """Components that agree with the tables that were chosen; see `dpsynth.mixture`."""
 
     family = "mixture"
+    suits = (
+        "Where rows are few, or many runs are needed: as near as autoregressive to tables without "
+        "structure of high order, and several times faster. Learns nothing but what tables show."
+    )
     surveys = True
 
     def __init__(
@@ -80,6 +88,7 @@ class Independent(_Measured):
     """Every column for itself; the floor that any model must be above."""
 
     family = "independent"
+    suits = "As a floor: columns without any dependence."
 
     def tables(self, component: Tensor) -> Tensor:
         alone = (self.prior_logits.softmax(-1)[:, None] @ self.given_logits.exp()).squeeze(1)

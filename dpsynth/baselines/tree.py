@@ -68,6 +68,10 @@ class Tree(NaiveBayes):
     """
 
     family = "tree"
+    suits = (
+        "For comparison, or where distances of two columns matter and the target does not: what it "
+        "says of the target is weak."
+    )
     surveys = True
 
     parent: Tensor

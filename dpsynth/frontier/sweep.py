@@ -807,6 +807,7 @@ def run_facts(run: Run, *, name: str, data: str) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "name": name,
         "family": run.recipe.model,
+        "suits": run.generator.suits,
         "epsilon": run.epsilon,
         "delta": plan.delta,
         "data": data,

@@ -63,6 +63,10 @@ class Autoregressive(Generator):
     """
 
     family = "autoregressive"
+    suits = (
+        "The usual choice: learns what hangs on several columns at once, which no table that is "
+        "asked for shows. Without such structure, mixture is a few percent nearer and faster."
+    )
 
     root: Tensor
     mean: Tensor

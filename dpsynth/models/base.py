@@ -70,6 +70,8 @@ class Generator(lightning.LightningModule, ABC):
     """
 
     family: ClassVar[str]
+    # When it is the one to choose, for its card.
+    suits: ClassVar[str]
     trained: ClassVar[bool] = True
     # Whether it has a use for tables of its own choice (`survey`).
     surveys: ClassVar[bool] = False

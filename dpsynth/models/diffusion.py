@@ -41,6 +41,10 @@ class Diffusion(Generator):
     """
 
     family = "diffusion"
+    suits = (
+        "Where rows are completed from any set of known columns, or have too many levels for "
+        "weights between all pairs of them. Slower than autoregressive, and a little behind it."
+    )
     clip = 4.0
 
     def __init__(

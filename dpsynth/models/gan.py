@@ -38,6 +38,10 @@ class Gan(Generator):
     """
 
     family = "gan"
+    suits = (
+        "Where the generator must be free to be of any kind or size, since its critic alone sees "
+        "rows. Under privacy it stays close to the mixture that it starts from."
+    )
     own = frozenset({"lr", "generator_lr"})
     clip = 1.0
 

@@ -32,6 +32,10 @@ class Vae(Generator):
     """
 
     family = "vae"
+    suits = (
+        "Where a latent code of a row is wanted. On Adult as near to the rows as autoregressive, "
+        "not nearer."
+    )
     clip = 8.0
 
     def __init__(

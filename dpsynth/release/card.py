@@ -42,6 +42,7 @@ FACTS: Mapping[str, str] = {
     "accountant": "what composed the ledger",
     # Said if known, else said to be unknown.
     "purpose": "why the run was made",
+    "suits": "when the family is the one to choose",
     "source": "where the table came from and under which terms",
     "data_sha256": "digest of the table",
     "expected_rows": "the declared, public number of rows; the true one is private",
@@ -215,6 +216,7 @@ def _method(facts: Mapping[str, Any]) -> list[str]:
         f"A generator of the family **{markdown_text(facts['family'])}**, fitted to a discretised "
         "form of the table; rows are sampled from it and brought back under the schema.",
         "",
+        f"- when to choose it: {_said(facts, 'suits')}",
         f"- code: dpsynth {_said(facts, 'version')}, commit {_said(facts, 'commit')}",
         f"- made: {_said(facts, 'created')}",
     ]
