@@ -2,8 +2,8 @@
 
 `python scripts/fit_planner.py run --data FOLDER --minutes 30` trains on simulated tables and on the
 Parquet files of FOLDER that `PUBLIC` names, one setting after another, and adds a line a run to
-experiments/planner/planner-runs.json, or for the group `codec` to codec-runs.json beside it, whose
-runs are of a later commit than the others; what is there already is not run again.
+experiments/planner/planner-runs.json, or with `--only GROUP` to that group's own file, which the
+fit reads; what is there already is not run again.
 `python scripts/fit_planner.py fit` compares them and writes dpsynth/training/planner.json.
 """
 
@@ -95,8 +95,8 @@ class Setting:
         return Recipe(self.model, {}, privacy, codec, device="cpu")
 
 
-# Share of the codec as the last fit left it, where that was decided.
-SHIPPED = 0.2
+# Shares of the codec and of DP-SGD as the fits before left them, where runs decided.
+SHIPPED, SPENT = 0.2, 0.15
 # Bins that are tried.
 TRIED = (CODEC["bins"], 12)
 # All but those of `codec`, which have their own file.
@@ -117,7 +117,7 @@ GROUPS: Mapping[str, Sequence[Setting]] = {
     ],
     "trained": [
         Setting("autoregressive", codec=SHIPPED, rest=rest, bins=TRIED[-1])
-        for rest in (0.3, 0.15, 0.05)
+        for rest in (SPENT, 0.3, 0.05)
     ],
 }
 # Groups with a file of their own, and the first rows of each table that `small` is trained on.
@@ -244,11 +244,11 @@ KNOTS = (0.015625, 0.0625, 0.25, 1.0, 4.0, 16.0)
 GRID: Mapping[str, Sequence[float]] = {
     "codec": (0.05, 0.075, 0.1, 0.15, 0.2),
     "marginals": (0.08, 0.2, 0.3, 0.4, 0.5),
-    "trained": (0.1, 0.15, 0.2, 0.25, 0.3),
+    "trained": (0.05, 0.1, 0.15, 0.2, 0.3),
     "bins": (12, 14, 16, 18, 20),
 }
-# What is not fitted: `trained` of the present plan, and where other families are taken.
-USUAL = {"trained": 0.3, "faint": 0.02, "wide": 2048, "widest": 4096}
+# What is not fitted: where other families are taken.
+USUAL = {"faint": 0.02, "wide": 2048, "widest": 4096}
 
 
 def loss_of(figures: Mapping[str, float]) -> float:
@@ -268,9 +268,6 @@ def curves(rows: Sequence[Mapping[str, Any]], group: str, field: str) -> Curves:
     for row in rows:
         setting = Setting(**row["setting"])
         same = replace(setting, **{field: getattr(usual, field)})
-        # A share of 0 for DP-SGD is the mixture.
-        if group == "rest" and setting.model == "mixture":
-            same = replace(same, model="autoregressive") if setting.rest == 0 else same
         if same == usual:
             key = row["table"], row["epsilon"]
             found[key][getattr(setting, field)] = loss_of(row["figures"])
@@ -357,9 +354,8 @@ def nearest(row: Mapping[str, Any], bins: Shares) -> Mapping[str, Any] | None:
 
 def fit() -> None:
     """Write planner.json from the runs."""
-    held = json.loads(RUNS.read_text())
-    rows = held["runs"]
-    trained, second = chosen(curves(rows, "rest", "rest"), GRID["trained"], USUAL["trained"])
+    later = json.loads(TRAINED.read_text())["runs"]
+    trained, second = chosen(curves(later, "trained", "rest"), GRID["trained"], SPENT)
     apart = json.loads(CODECS.read_text())["runs"]
     bins, third = chosen(curves(apart, "codec", "bins"), GRID["bins"], CODEC["bins"])
     small = json.loads(SMALL.read_text())["runs"]
@@ -372,17 +368,17 @@ def fit() -> None:
         "knots": KNOTS,
         "codec": codec,
         "marginals": marginals,
-        **{name: value for name, value in USUAL.items() if name != "trained"},
+        **USUAL,
         "trained": trained,
         "bins": bins,
     }
     facts = {
         "command": "python scripts/fit_planner.py run --data FOLDER; python scripts/fit_planner.py "
         "fit",
-        "tables": sorted({named(row["table"]) for row in [*rows, *apart, *small]}),
+        "tables": sorted({named(row["table"]) for row in [*apart, *small, *later]}),
         "seeds": [0],
-        "versions": held["versions"],
-        "runs": len(rows) + len(apart) + len(small),
+        "versions": versions(),
+        "runs": len(apart) + len(small) + len(later),
         "regret": {"codec": first, "trained": second, "bins": third, "marginals": fourth},
     }
     PLANNER.write_text(json.dumps({"values": values, "fit": facts}, indent=1) + "\n")

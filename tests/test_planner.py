@@ -98,7 +98,7 @@ def test_shares_move_one_way_with_the_budget() -> None:
             steps = np.diff(each)
             assert (steps <= 2e-4).all() or (steps >= -2e-4).all()
     usual = values()
-    assert usual.trained[0] > usual.trained[-1], "no law of a constant"
+    assert usual.marginals[0] > usual.marginals[-1], "no law of a constant"
 
 
 def test_signal_is_the_mean_cell_over_its_noise() -> None:
