@@ -822,7 +822,7 @@ def run_facts(run: Run, *, name: str, data: str) -> dict[str, Any]:
         "target": run.schema.target,
         "metadata": "levels and bounds as declared in schema.json; bins, heaps and marginals "
         "measured with noise and charged",
-        "tuning": "not counted: the families were developed on UCI Adult, the planner fitted on others",
+        "tuning": "not counted: families were developed on UCI Adult, the planner on others",
         "version": run.lineage["versions"]["dpsynth"],
         "created": run.lineage["created"],
         "ledger": [
