@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.stats import poisson
 from torch import Tensor
 
 from dpsynth.codec import Layout
@@ -20,7 +21,8 @@ __all__ = ["Choice", "choose_tables"]
 
 # Part of a round that its scores are paid from.
 _SCORES = 0.05
-# A table is worth asking for where it is wrong by more than this part of what noise would do to it.
+# A table is worth asking for where it is wrong, beyond chance, by more than this part of what noise
+# would do to it.
 _WORTH = 0.3
 # Fit between rounds.
 _BETWEEN = Effort(1, 128, 150)
@@ -110,7 +112,7 @@ def choose_tables(survey: Survey, choice: Choice, *, device: str = "cpu") -> Mix
             share *= 1 - _SCORES
             sigma = survey.purse.sigma(share / wanted)
             worth = [
-                score - _WORTH * _blurred(expected[columns], sigma)
+                score - _by_chance(expected[columns]) - _WORTH * _blurred(expected[columns], sigma)
                 for columns, score in zip(left, scores, strict=True)
             ]
             taken = [left[place] for place in np.argsort(worth)[::-1][:wanted]]
@@ -133,6 +135,14 @@ def _turn(tables: int, rounds: int, turn: int) -> int:
 def _blurred(expected: np.ndarray, sigma: float) -> float:
     """Σ over cells of what noise can move: σ·E|N(0, 1)|, but no more rows than a cell has."""
     return float(np.minimum(_MEAN * sigma, expected).sum())
+
+
+def _by_chance(expected: np.ndarray) -> float:
+    """Distance that a right model would have: E|X - r| of Poisson counts X from the whole rows r
+    that they are compared with, summed over cells. Sparse tables have most of it."""
+    whole = np.round(expected)
+    below = whole * poisson.cdf(whole, expected) - expected * poisson.cdf(whole - 1, expected)
+    return float((expected - whole + 2 * below).sum())
 
 
 def _shares(expected: Sequence[np.ndarray], survey: Survey, share: float) -> list[float]:

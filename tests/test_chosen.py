@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_survey import FREE, Counting, counted, survey_of
 from torch import Tensor
 
-from dpsynth.chosen import Choice, candidates, choose_tables
+from dpsynth.chosen import Choice, _by_chance, candidates, choose_tables
 from dpsynth.codec import Codec, Layout
 from dpsynth.datasets import simulated
 from dpsynth.marginals import Marginals, NoisyTable
@@ -327,3 +327,13 @@ def test_a_family_spends_its_whole_share_on_a_mixture_that_it_can_hold() -> None
     due = Choice.planned(LAYOUT, plan.mu("tables"), 900)
     assert len(survey.asked) == due.tables
     assert len(found.weight) == due.effort.restarts * due.effort.components
+
+
+@pytest.mark.parametrize("size", [3e-3, 0.4, 0.5, 2.3, 40.0])
+def test_by_chance_is_how_far_counts_of_a_right_model_are(size: float) -> None:
+    """Against draws; of sparse tables it is all there is."""
+    expected = np.full((4, 5), size)
+    rng = np.random.default_rng(0)
+    gaps = np.abs(rng.poisson(size, (20_000, 20)) - np.round(size)).sum(1)
+    assert abs(_by_chance(expected) - gaps.mean()) < 4 * gaps.std() / len(gaps) ** 0.5
+    assert _by_chance(np.zeros(3)) == 0
