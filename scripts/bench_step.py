@@ -253,7 +253,7 @@ def split(batch: int, device: str, quick: bool, rounds: int) -> dict[str, Any]:
 
 
 def profiled(batch: int, device: str, quick: bool, *, captured: bool = False) -> str:
-    """Operators of five `taps` steps, the slowest first."""
+    """All operators of five `taps` steps, the slowest first."""
     step = build("mlp", TAPS, batch, device, quick, captured=captured)
     for _ in range(3):
         step()
@@ -261,12 +261,12 @@ def profiled(batch: int, device: str, quick: bool, *, captured: bool = False) ->
     order = "self_cpu_time_total"
     if device == "cuda":
         activities.append(ProfilerActivity.CUDA)
-        order = "self_cuda_time_total"
+        order = "self_device_time_total"
     with profile(activities=activities, record_shapes=True) as seen:
         for _ in range(5):
             step()
     return seen.key_averages(group_by_input_shape=True).table(
-        sort_by=order, row_limit=40, max_name_column_width=48, max_shapes_column_width=60
+        sort_by=order, row_limit=-1, max_name_column_width=48, max_shapes_column_width=60
     )
 
 
