@@ -54,9 +54,9 @@ class Choice:
         public.
 
         The signal is what a count has against its noise when all candidates are asked: the mean
-        number of rows a cell over σ = √candidates/μ. At 1 half of the candidates are best, in two
-        rounds; more of them, in one round, and longer fits, the larger it is. Constants are those
-        of docs/design/quality-marginals.md.
+        number of rows a cell over σ = √candidates/μ. At 1 half of the candidates are asked, in
+        three rounds; more of them, at last all in one round, and longer fits, the larger it is.
+        Constants are those of docs/design/quality.md.
         """
         asked = candidates(layout)
         if not asked:
@@ -66,25 +66,24 @@ class Choice:
             counts = [int(block.sum()) for block in used.split(list(layout.levels))]
         cells = float(np.mean([math.prod(counts[c] for c in columns) for columns in asked]))
         signal = min(mu, 1e6) * rows / (math.sqrt(len(asked)) * cells)
-        share = min(1.0, 0.5 * signal**0.35)
+        share = min(1.0, 0.5 * signal**0.5)
         effort = Effort(4, 128, 300)
         if signal > 2.5:
             effort = Effort(2, 256, 600)
         if signal > 6:
             effort = Effort(1, 512, 800)
         number = max(1, round(share * len(asked)))
-        return cls(number, 1 if number in (1, len(asked)) else 2, effort)
+        return cls(number, 1 if number == len(asked) else min(3, number), effort)
 
 
 def candidates(layout: Layout) -> list[tuple[int, ...]]:
-    """Label × two-way tables where the target has few levels, else two-way ones."""
+    """Label × two-way tables where the target has few levels, else all two-way ones: those of a
+    target of many levels too, since their first answers are noisy."""
     if anchored(layout):
         assert layout.target is not None
         others = [j for j in range(layout.columns) if j != layout.target]
         return [(layout.target, i, j) for i, j in itertools.combinations(others, 2)]
-    pairs = itertools.combinations(range(layout.columns), 2)
-    # Pairs with the target are measured before.
-    return [pair for pair in pairs if layout.target not in pair]
+    return list(itertools.combinations(range(layout.columns), 2))
 
 
 def choose_tables(survey: Survey, choice: Choice, *, device: str = "cpu") -> Mixture:

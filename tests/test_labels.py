@@ -96,6 +96,25 @@ def test_labels_of_a_parity_are_those_that_the_generator_drew(flipped: float) ->
     assert right == pytest.approx(1 - flipped, abs=0.06)
 
 
+def test_trees_have_more_leaves_only_where_these_explain_much_more() -> None:
+    """A label of its own for each cell of four columns asks for them; one that hangs on one column,
+    noise on top, does not, however many more leaves would fit the rows they were grown on."""
+    rng = np.random.default_rng(4)
+    layout = Layout((6, 6, 6, 6, 2), target=4)
+    codes = np.stack([rng.integers(0, 6, 20_000) for _ in range(4)], axis=1)
+    cells = rng.integers(0, 2, (6, 6, 6, 6))[tuple(codes.T)]
+    simple = codes[:, 0] < 3
+    rank = torch.arange(6).repeat(5)[:26].float()
+    used = []
+    for label in (cells, simple):
+        flipped = np.where(rng.random(len(codes)) < 0.1, 1 - label, label)
+        rows = torch.from_numpy(np.column_stack([codes, flipped]))
+        head = LabelHead(rows, rank, layout)
+        assert head._trees is not None
+        used.append(head._trees.max_leaf_nodes)
+    assert used[0] > used[1] == 31
+
+
 def test_what_tables_explain_alone_is_half_theirs() -> None:
     """Labels that hang on one column: both models say the same, and both count."""
     head = LabelHead(truth(4000, 5)[0], torch.zeros(9), LAYOUT)

@@ -77,7 +77,7 @@ def test_shares_follow_the_signal_alone_and_the_knots_exactly() -> None:
         rest = 1 - sum(shares[name] for name in ("codec", "marginals", "tables"))
         assert rest == pytest.approx(fitted.trained[number], abs=2e-4)
     for layout, epsilon, rows in GRID:
-        found = signal(layout, mu_of(epsilon), rows)
+        found = signal(layout, mu_of(epsilon), rows, apart=True)
         assert shares_of(layout, mu_of(epsilon), rows) == fitted.shares(found)
 
 
@@ -107,7 +107,17 @@ def test_signal_is_the_mean_cell_over_its_noise() -> None:
     cells = [2 * a * b for a, b in itertools.combinations((3, 5, 7), 2)]
     sigma = math.sqrt(len(cells)) / 0.4
     assert signal(layout, 0.4, 900) == pytest.approx(900 / np.mean(cells) / sigma)
+    assert signal(layout, 0.4, 900, apart=True) == signal(layout, 0.4, 900)
     assert signal(LAYOUTS["label alone"], 0.4, 900) == math.inf
+    # Of a target of many levels two-way tables are asked, and shares go by label × two-way ones.
+    many = Layout((3, 5, 12, 7), 2)
+    pairs = [a * b for a, b in itertools.combinations(many.levels, 2)]
+    assert signal(many, 0.4, 900) == pytest.approx(900 / np.mean(pairs) * 0.4 / math.sqrt(6))
+    assert signal(many, 0.4, 900, apart=True) == pytest.approx(signal(many, 0.4, 900) / 12)
+    number = Layout((3, 5, 33, 7), 2)
+    assert signal(number, 0.4, 900, apart=True) == signal(number, 0.4, 900)
+    untold = Layout((3, 5, 7), None)
+    assert signal(untold, 0.4, 900, apart=True) == signal(untold, 0.4, 900)
     for other in LAYOUTS.values():
         assert signal(other, 0.2, 100) <= signal(other, 0.2, 101)
         assert signal(other, 0.2, 100) <= signal(other, 0.21, 100)

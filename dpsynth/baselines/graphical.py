@@ -46,6 +46,9 @@ _AIM_CHOICE, _MST_CHOICE = 0.1, 1 / 3
 _ROUNDS, _EXACT_ROUNDS = 16, 2
 # Steps of mirror descent: at first, between rounds, at last.
 _FIRST, _BETWEEN, _LAST = 500, 100, 2000
+# Fits after which compiled programs are dropped: each model has its own, and a process may have so
+# many memory maps only.
+_PROGRAMS = 32
 # Noise below which a table counts as no more exact.
 _EXACT = 1.0
 # Most cells of a table that AIM may choose, and most of its memory.
@@ -247,6 +250,7 @@ class _Fit:
         self._domain = mbi.Domain(names, [len(kept) for kept in self.inside])
         self._measured: list[Any] = []
         self._model: Any = None
+        self._fits = 0
 
     def cells(self, columns: _Columns) -> int:
         """Cells of a table that can occur."""
@@ -294,6 +298,9 @@ class _Fit:
             warm_start=self._model,
         )
         self._junction = _Junction(self._model)
+        self._fits += 1
+        if self._fits % _PROGRAMS == 0:
+            importlib.import_module("jax").clear_caches()
 
     def table(self, columns: _Columns) -> np.ndarray:
         """Expected counts, 0 where a level cannot occur."""

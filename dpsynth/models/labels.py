@@ -6,6 +6,7 @@ drawn adds noise of its own. Both are lowered after the fact, which touches no p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,6 +22,9 @@ __all__ = ["LabelHead", "balanced"]
 
 # Boosted trees as usual, and rows of a leaf within which labels are balanced.
 _TREES, _RATE, _RIDGE, _LEAF = 120, 0.08, 1.0, 8
+# Leaves a tree: as usual, since what more of them find in the generator's rows is mostly its noise,
+# unless they explain so much more of rows they have not seen.
+_LEAVES, _MORE = (31, 63, 127), 1.25
 # Share of columns that a split may be of: greedy splits alone may never try those of a parity.
 _TRIED = 0.5
 # Part of the generator's rows that the two models are compared on.
@@ -47,19 +51,30 @@ class LabelHead:
         assert layout.target is not None
         self.layout, self._rank, self.target = layout, rank, layout.target
         self.others = [j for j in range(layout.columns) if j != self.target]
-        self._trees = HistGradientBoostingClassifier(
-            max_iter=_TREES,
-            learning_rate=_RATE,
-            l2_regularization=_RIDGE,
-            max_features=_TRIED,
-            early_stopping=False,
-            random_state=0,
-        )
         kept = max(1, round(_HELD * len(rows)))
-        self._held, seen = rows[:kept], rows[kept:, self.target].numpy()
-        self._classes = np.unique(seen)
-        if len(self._classes) > 1:
-            self._trees.fit(self.features(rows[kept:]), seen)
+        self._held, seen = rows[:kept], rows[kept:]
+        self._classes = np.unique(seen[:, self.target].numpy())
+        self._trees = self._grown(seen) if len(self._classes) > 1 else None
+
+    def _grown(self, seen: Tensor) -> HistGradientBoostingClassifier:
+        """Trees of as many leaves as pay."""
+        best, most = None, -math.inf
+        for leaves in _LEAVES:
+            trees = HistGradientBoostingClassifier(
+                max_iter=_TREES,
+                max_leaf_nodes=leaves,
+                learning_rate=_RATE,
+                l2_regularization=_RIDGE,
+                max_features=_TRIED,
+                early_stopping=False,
+                random_state=0,
+            ).fit(self.features(seen), seen[:, self.target].numpy())
+            found = self._gain(self._by(trees, self._held))
+            if best is not None and not found > max(_MORE * most, 0.0):
+                break
+            best, most = trees, found
+        assert best is not None
+        return best
 
     def features(self, codes: Tensor) -> np.ndarray:
         """All columns but the target by the places of their levels (rows, D - 1)."""
@@ -99,20 +114,25 @@ class LabelHead:
     def _explained(self, additive: Tensor, boosted: Tensor) -> float:
         """What the additive scores explain of held-out labels, as a share, at most 1, of what the
         trees explain (nats)."""
-        label = self._held[:, self.target]
-        share = torch.bincount(label, minlength=additive.shape[1]) / len(label)
-        losses = [-one.gather(1, label[:, None]).mean() for one in (additive, boosted)]
-        gains = [float(torch.special.entr(share).sum() - loss) for loss in losses]
+        gains = [self._gain(one) for one in (additive, boosted)]
         return min(1.0, max(0.0, gains[0]) / gains[1]) if gains[1] > 0 else 1.0
+
+    def _gain(self, scores: Tensor) -> float:
+        """Nats of held-out labels that log-probabilities of their rows explain."""
+        label = self._held[:, self.target]
+        share = torch.bincount(label, minlength=scores.shape[1]) / len(label)
+        return float(torch.special.entr(share).sum() + scores.gather(1, label[:, None]).mean())
 
     def _boosted(self, codes: Tensor, additive: Tensor) -> Tensor:
         """Log-probabilities by the trees (rows, groups); of one level alone they know nothing."""
-        if len(self._classes) < 2:
-            return additive
-        known = torch.from_numpy(self._trees.predict_proba(self.features(codes))).to(additive)
-        boosted = torch.full_like(additive, -30.0)
-        boosted[:, torch.from_numpy(self._classes)] = known.clamp_min(1e-9).log()
-        return boosted
+        return additive if self._trees is None else self._by(self._trees, codes).to(additive)
+
+    def _by(self, trees: HistGradientBoostingClassifier, codes: Tensor) -> Tensor:
+        """Log-probabilities by trees (rows, groups)."""
+        known = torch.from_numpy(trees.predict_proba(self.features(codes)))
+        scores = known.new_full((len(codes), self.layout.groups), -30.0)
+        scores[:, torch.from_numpy(self._classes)] = known.clamp_min(1e-9).log()
+        return scores
 
 
 def balanced(scores: Tensor, features: np.ndarray, offset: float) -> Tensor:

@@ -7,8 +7,10 @@ on average over the noise that it would get if the whole budget went on all cand
 
 with μ the whole Gaussian budget of (ε, δ), n the public number of rows, and the candidates of
 `dpsynth.chosen`. Shares of μ², and the number of bins, are interpolated in log(signal) between the
-knots of `planner.json`, level outside of them. `scripts/fit_planner.py` fits the knots on simulated
-and public tables; experiments/planner/README.md has the evidence.
+knots of `planner.json`, level outside of them; shares at the signal that candidates have apart for
+each level of the target, since those of many levels have thin tables of label × column, whatever is
+asked next. `scripts/fit_planner.py` fits the knots on simulated and public tables;
+experiments/planner/README.md has the evidence.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import numpy as np
 from dpsynth.checks import UsageError, check_count, check_fraction, check_positive
 from dpsynth.chosen import candidates
 from dpsynth.codec import Layout
+from dpsynth.mixture import anchored
 from dpsynth.privacy.calibration import whole_mu
 from dpsynth.privacy.events import Event
 from dpsynth.privacy.metadata import spent_events
@@ -52,6 +55,9 @@ CODEC: Mapping[str, int] = {"bins": 20, "heaps": 16}
 # Parts of the squared Gaussian budget where no tables are chosen. A noisy row count is only taken
 # where none is declared.
 SHARES: Mapping[str, float] = {"rows": 0.01, "codec": 0.1, "marginals": 0.3, "tables": 0.0}
+# Levels of a target up to which its tables with one column decide shares: a number has more, and
+# loses by it.
+_LEVELS = 32
 _FILE = Path(__file__).with_name("planner.json")
 
 
@@ -124,18 +130,21 @@ def slots(codec: Mapping[str, Any]) -> dict[str, int]:
     return {**CODEC, **{name: count for name, count in codec.items() if count is not None}}
 
 
-def signal(layout: Layout, mu: float, rows: int) -> float:
+def signal(layout: Layout, mu: float, rows: int, *, apart: bool = False) -> float:
     """How much noisy tables of a layout can tell.
 
     Args:
         layout: Public shape of encoded rows.
         mu: The whole Gaussian budget; inf without privacy.
         rows: Public number of rows.
+        apart: With candidates apart for each level of the target, asked so or not; but not of one
+            with so many levels as bins and heaps of a number make.
 
     Returns:
         See the module; inf where there is no candidate.
     """
-    scale = _scale(layout)
+    thin = apart and not anchored(layout) and layout.groups <= _LEVELS
+    scale = _scale(layout) * (layout.groups if thin else 1)
     return mu * rows / scale if scale else math.inf
 
 
@@ -164,7 +173,7 @@ def shares_of(layout: Layout, mu: float, rows: int) -> dict[str, float]:
         mu: The whole Gaussian budget μ of one row; inf without privacy.
         rows: Public number of rows.
     """
-    return values().shares(signal(layout, mu, rows))
+    return values().shares(signal(layout, mu, rows, apart=True))
 
 
 def bins_for(layout: Layout, mu: float, rows: int) -> int:
