@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from dpsynth.baselines.smote import smote
 from dpsynth.data import Split, Table
 from dpsynth.evaluation import evaluate
 from dpsynth.randomness import FleetRng, derive, stream
@@ -84,6 +85,13 @@ def sampled(run: Trained, rows: int) -> Table:
     return run.codec.decode(codes, stream(key, "decode"))
 
 
+def asked(settings: argparse.Namespace, model: str, rows: int) -> Recipe:
+    """δ is 1e-5, or 1/(2n) where that is less."""
+    least = {"delta": 0.5 / rows} if 0.5 / rows < 1e-5 else {}
+    privacy = {**least, **settings.recipe.get("privacy", {})}
+    return Recipe(model, device="cpu", **{**settings.recipe, "privacy": privacy})
+
+
 def wanted(settings: argparse.Namespace, done: set[str]) -> Iterator[tuple[str, int, str, float]]:
     """Runs that are not done yet: seeds outermost, so that what is there is balanced."""
     for seed in range(*settings.seeds):
@@ -108,7 +116,7 @@ def main() -> None:
         "--models",
         nargs="+",
         required=True,
-        help="families; `floor`: held-out rows, and classifiers of real ones",
+        help="families; `floor`: held-out rows, and classifiers of real ones; `smote` at inf alone",
     )
     parser.add_argument("--epsilons", nargs="+", type=float, required=True)
     parser.add_argument("--seeds", nargs=2, type=int, default=(0, 10), metavar=("FIRST", "END"))
@@ -128,9 +136,10 @@ def main() -> None:
         facts: dict[str, object] = {}
         if model == "floor":
             made = held
+        elif model == "smote":
+            made = smote(rows, len(rows), np.random.default_rng(seed), epsilon=epsilon)
         else:
-            recipe = Recipe(model, device="cpu", **settings.recipe)
-            (run,) = train_fleet(recipe, [Seat(rows, epsilon, seed)])
+            (run,) = train_fleet(asked(settings, model, len(rows)), [Seat(rows, epsilon, seed)])
             made = sampled(run, len(rows))
             spent = run.ledger.epsilon
             facts = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -108,10 +109,13 @@ def figure(runs: Runs, over: str, out: Path) -> None:
     """Means over seeds of four figures, a line a model; `over` ε or the number of rows."""
     lines: dict[str, dict[float, Runs]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        if not run["recipe"]:
-            lines[run["model"]][float(run[over])].append(run)
+        if math.isfinite(float(run[over])):
+            options = run["recipe"].get("options", {}).items()
+            name = " ".join([run["model"], *(f"{option}={value}" for option, value in options)])
+            lines[name][float(run[over])].append(run)
     drawn, axes = plt.subplots(1, len(TESTED), figsize=(4 * len(TESTED), 3.4))
     for axis, name in zip(axes, TESTED, strict=True):
+        axis.set_prop_cycle(color=mpl.colormaps["tab20"](range(20)))
         for model, points in sorted(lines.items()):
             x = sorted(points)
             y = [float(np.mean([run[name] for run in points[at]])) for at in x]
@@ -126,7 +130,7 @@ def figure(runs: Runs, over: str, out: Path) -> None:
         axis.set(xscale="log", title=name, xlabel="ε" if over == "epsilon" else "rows")
         if name.startswith("TVD"):
             axis.set_yscale("log")
-    axes[0].legend(fontsize=7)
+    axes[-1].legend(fontsize=6, loc="lower right")
     drawn.tight_layout()
     drawn.savefig(out, dpi=130)
 
