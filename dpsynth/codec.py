@@ -3,7 +3,8 @@
 Categories keep their declared levels. A number becomes one of `bins` intervals of about equal mass
 or one of `heaps` values that hold far more rows than their neighbours (zeros, round numbers, caps):
 on a short grid both are found in one noisy histogram of all its cells, on a long one by a noisy
-histogram and a noisy tree. Missing is a level of its own. The number of levels is public (it
+histogram and a noisy tree, and one more says how round the values inside bins are. Missing is a
+level of its own. The number of levels is public (it
 follows from the schema and the settings), so that runs with different noise share one network
 shape; levels that a run leaves empty are marked unused.
 """
@@ -26,6 +27,7 @@ from dpsynth.checks import UsageError, check_count
 from dpsynth.data import Table
 from dpsynth.leaves import FANOUT, grow_leaves
 from dpsynth.privacy.mechanisms import HistogramNoise, Measurer
+from dpsynth.rounding import STRETCHES, Leaves, kept, ladder, steps_of, weights_of
 from dpsynth.schema import Column, Schema
 from dpsynth.simplex import onto_simplex
 
@@ -35,9 +37,9 @@ _MAX_CELLS = 2**22
 _UNKNOWN_STEP_CELLS = 2**16
 # Up to so many cells one noisy count a cell costs less than a tree does.
 _SHORT_CELLS = 1024
-# Parts of the budget of the heap histogram and of the tree: of a grid that is not exact, three
-# spots are all that could be heaps.
-_EXACT_PARTS, _LONG_PARTS = (2, 1), (1, 2)
+# Parts of the budget of a short grid; of the heap histogram and of the tree: of a grid that is not
+# exact, three spots are all that could be heaps; of round steps.
+_SHORT_PARTS, _EXACT_PARTS, _LONG_PARTS, _ROUND_PARTS = 4, (8, 4), (4, 8), 1
 # A node is split where its mass is so many σ: of less, its children show noise.
 _CLEAR = 5.0
 # A share of the rows, and a count that neighbours of a few rows do not reach by chance.
@@ -175,22 +177,44 @@ class Grid:
         """Cells in which there is nothing but a heap, ascending."""
         return np.sort(heaps) if self.exact else heaps[:0]
 
+    @property
+    def steps(self) -> np.ndarray:
+        """Round steps that its values may be multiples of, in steps: of a long grid whose
+        resolution is known."""
+        return ladder(1 if self.short else self.values)
+
+    @property
+    def origin(self) -> int:
+        """The whole number of steps that the lower bound is, the nearest to it."""
+        number = self.lower / self.step
+        return round(number) if self.per and abs(number) < 2**53 else 0
+
+    def number(self, values: np.ndarray) -> np.ndarray:
+        """Whole number of steps of each value."""
+        return np.round((values - self.lower) / self.step).astype(np.int64) + self.origin
+
+    def leaves(self, starts: np.ndarray, heaps: np.ndarray) -> Leaves:
+        """Numbers of the leaves that begin at these cells, all but heaps; where the resolution is
+        unknown, cells stand for them."""
+        edges = self.origin + np.append(starts * max(self.per, 1), self.values or self.cells)
+        taken = heaps[:0]
+        if self.per:
+            points = self.at(heaps)
+            numbers = self.number(points)
+            taken = np.sort(numbers[self._on_grid(numbers - self.origin) == points])
+        return Leaves(edges, taken, self.steps)
+
     def cell(self, values: np.ndarray) -> np.ndarray:
         """Cell number of each value (missing values give 0)."""
         scaled = (np.nan_to_num(values, nan=self.lower) - self.lower) / self.step
         number = np.round(scaled) // self.per if self.per else np.floor(scaled)
         return np.clip(number, 0, self.cells - 1).astype(np.int64)
 
-    def value(self, cell: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A value in each cell."""
-        if self.exact:
-            return self._on_grid(cell)
-        inside = rng.random(len(cell))
-        if not self.per:
-            return self.lower + (cell + inside) * self.step
-        # The last cell takes what is left over, so that none is a single value.
-        held = np.where(cell == self.cells - 1, self.values - cell * self.per, self.per)
-        return self._on_grid(cell * self.per + np.floor(inside * held))
+    def value(self, number: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The value of each whole number of steps, or one in each cell."""
+        if self.per:
+            return self._on_grid(number - self.origin)
+        return self.lower + (number + rng.random(len(number))) * self.step
 
     def _on_grid(self, number: np.ndarray) -> np.ndarray:
         # Without the rounding .1 + 2·.1 would read 0.30000000000000004.
@@ -210,6 +234,8 @@ class NumericCoder:
         mass: Noisy share of rows in each leaf (leaves,), at least 0.
         leaf_bin: Which bin a leaf belongs to (leaves,), ascending.
         heaps: Spots that are levels of their own (at most `slots`,).
+        weights: How much likelier than by an even draw values of each round step are, in each
+            stretch of bins (G, S).
     """
 
     column: Column
@@ -219,6 +245,7 @@ class NumericCoder:
     mass: np.ndarray
     leaf_bin: np.ndarray
     heaps: np.ndarray
+    weights: np.ndarray
 
     @property
     def levels(self) -> int:
@@ -227,7 +254,7 @@ class NumericCoder:
     @property
     def used(self) -> np.ndarray:
         mask = np.zeros(self.levels, dtype=bool)
-        mask[self.leaf_bin[self._free()[1] > 0]] = True
+        mask[self.leaf_bin[self._leaves.free.sum(1) > 0]] = True
         mask[self.bins : self.bins + len(self.heaps)] = True
         if self.column.nullable:
             mask[-1] = True
@@ -274,40 +301,40 @@ class NumericCoder:
             return series.round().astype("Int64")
         return series.clip(self.column.lower, self.column.upper)
 
+    @property
+    def _leaves(self) -> Leaves:
+        return Grid.of(self.column).leaves(self.starts, self.heaps)
+
     def _value_in_bin(self, codes: np.ndarray, grid: Grid, rng: np.random.Generator) -> np.ndarray:
         """A value of each bin that is no heap."""
-        values = grid.value(self._cell_in_bin(codes, rng), rng)
-        # A cell of a grid that is not exact holds many values, at most three of them spots; only
-        # where doubles cannot tell its values apart are there none but spots to draw.
-        for _ in range(0 if grid.exact else _REDRAWS):
+        values = grid.value(self._number_in_bin(codes, rng), rng)
+        # Where the resolution is unknown, doubles may not tell values apart from a spot.
+        for _ in range(0 if grid.per else _REDRAWS):
             again = np.flatnonzero(np.isin(grid.spot(values), self.heaps))
             if not len(again):
                 break
-            values[again] = grid.value(self._cell_in_bin(codes[again], rng), rng)
+            values[again] = grid.value(self._number_in_bin(codes[again], rng), rng)
         return values
 
-    def _cell_in_bin(self, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A leaf of the bin by its noisy mass, then a free cell of that leaf uniformly."""
-        first, free = self._free()
+    def _number_in_bin(self, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A leaf of the bin by its noisy mass, a round step by its weight there, a free number of
+        both uniformly."""
+        leaves = self._leaves
+        free = leaves.free
+        stretch = _stretches(self.leaf_bin, len(self.weights))
+        weighed, size = self.weights[stretch] * free, free.sum(1)
+        held = self.mass * kept(self.weights[stretch], free)
         chosen = np.zeros(len(codes), dtype=np.int64)
         for number in np.unique(codes):
             rows = codes == number
-            leaves = np.flatnonzero((self.leaf_bin == number) & (free > 0))
-            weight = self.mass[leaves] + 1e-12 * free[leaves]
-            chosen[rows] = rng.choice(leaves, rows.sum(), p=weight / weight.sum())
-        rank = first[chosen] + np.floor(rng.random(len(codes)) * free[chosen]).astype(np.int64)
-        taken = self._taken()
-        return rank + np.searchsorted(taken - np.arange(len(taken)), rank, side="right")
-
-    def _taken(self) -> np.ndarray:
-        """Cells that are heaps, ascending."""
-        return Grid.of(self.column).taken(self.heaps)
-
-    def _free(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each leaf, the rank of its first cell and the number of its cells, heaps left out."""
-        edges = np.append(self.starts, Grid.of(self.column).cells)
-        ranks = edges - np.searchsorted(self._taken(), edges)
-        return ranks[:-1], np.diff(ranks)
+            inside = np.flatnonzero((self.leaf_bin == number) & (size > 0))
+            ways = (held[inside], self.mass[inside], size[inside])
+            weight = next(way for way in ways if way.sum() > 0)
+            chosen[rows] = rng.choice(inside, rows.sum(), p=weight / weight.sum())
+        weighed = np.where(weighed.sum(1, keepdims=True) > 0, weighed, free)
+        edges = np.cumsum(weighed, axis=1)[chosen]
+        step = (rng.random(len(codes))[:, None] * edges[:, -1:] >= edges).sum(1)
+        return leaves.draw(chosen, step, rng)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -317,30 +344,34 @@ class NumericCoder:
             "mass": self.mass.tolist(),
             "leaf_bin": self.leaf_bin.tolist(),
             "heaps": self.heaps.tolist(),
+            "weights": self.weights.tolist(),
         }
 
     @classmethod
     def from_dict(cls, column: Column, state: dict[str, Any]) -> NumericCoder:
         kinds = {"starts": np.int64, "mass": float, "leaf_bin": np.int64, "heaps": np.int64}
         arrays = {name: np.asarray(state[name], dtype=kind) for name, kind in kinds.items()}
-        return cls(column, state["bins"], state["slots"], **arrays)
+        # Earlier codecs drew evenly.
+        weights = state.get("weights", _evenly(column).tolist())
+        return cls(column, state["bins"], state["slots"], **arrays, weights=np.asarray(weights))
 
     @classmethod
     def direct(cls, column: Column) -> NumericCoder:
         """A short grid: every cell is a level, and no row is read."""
         cells = Grid.of(column).cells
-        ids = np.arange(cells)
-        return cls(column, cells, 0, ids, np.ones(cells), ids, np.zeros(0, dtype=np.int64))
+        ids, no_heaps = np.arange(cells), np.zeros(0, dtype=np.int64)
+        return cls(column, cells, 0, ids, np.ones(cells), ids, no_heaps, _evenly(column))
 
     @staticmethod
     def questions(column: Column, heaps: int) -> list[tuple[str, int]]:
         """What `fit` asks: name of the event and parts of the budget, in order; reads no row."""
         grid = Grid.of(column)
         if grid.short:
-            return [(f"cells:{column.name}", 1)]
+            return [(f"cells:{column.name}", _SHORT_PARTS)]
         spots, tree = _EXACT_PARTS if grid.exact else _LONG_PARTS
-        asked = [(f"heaps:{column.name}", spots)] if heaps else []
-        return [*asked, (f"bins:{column.name}", tree)]
+        before = [(f"heaps:{column.name}", spots)] if heaps else []
+        after = [(f"round:{column.name}", _ROUND_PARTS)] if len(grid.steps) > 1 else []
+        return [*before, (f"bins:{column.name}", tree), *after]
 
     @classmethod
     def fit(
@@ -354,7 +385,8 @@ class NumericCoder:
         heaps: int,
         wanted: int,
     ) -> NumericCoder:
-        """Find heaps on the finest grid, then bins on what is left; both pay the ledger.
+        """Find heaps on the finest grid, then bins on what is left, then how round values of these
+        are; all pay the ledger.
 
         The `rows` that are neither on a heap nor missing, by noisy counts, are the mass of the
         leaves: what is counted in them is projected onto that sum.
@@ -370,16 +402,39 @@ class NumericCoder:
         else:
             found, starts, mass, sigma = _count_nodes(seen, ask, rows, wanted, heaps)
         leaf_bin = _merge_leaves(mass, wanted, rows * _LEAST_BIN)
-        coder = cls(column, bins, heaps, starts, mass / rows, leaf_bin, found)
-        return coder._shrunk(sigma / rows)
+        coder = cls(column, bins, heaps, starts, mass / rows, leaf_bin, found, _evenly(column))
+        coder = coder._shrunk(sigma / rows)
+        return coder._rounded(seen, ask(1), rows) if len(seen.grid.steps) > 1 else coder
 
     def _shrunk(self, sigma: np.ndarray) -> NumericCoder:
         """Masses pulled together inside a bin as far as their noise of `sigma` explains that they
         differ (leaves,). Only among leaves of equally many cells: others have no common density.
         """
-        pairs = np.stack([self.leaf_bin, self._free()[1]], axis=1)
+        pairs = np.stack([self.leaf_bin, self._leaves.free.sum(1)], axis=1)
         group = np.unique(pairs, axis=0, return_inverse=True)[1].reshape(-1)
         return replace(self, mass=_shrink(self.mass, group, sigma))
+
+    def _rounded(self, seen: _Seen, noise: HistogramNoise, rows: int) -> NumericCoder:
+        """With weights of round steps, by one noisy histogram of the rows on no heap."""
+        numbers, leaves = seen.without(self.heaps).numbers, self._leaves
+        leaf = np.searchsorted(self.starts, seen.grid.cell(numbers), side="right") - 1
+        groups, steps = self.weights.shape
+        stretch = _stretches(self.leaf_bin, groups)
+        place = stretch[leaf] * steps + steps_of(seen.grid.number(numbers), leaves.steps)
+        noisy = noise(np.bincount(place, minlength=groups * steps).astype(float))
+        noisy = noisy.reshape(groups, steps)
+        found = weights_of(noisy, noise.sigma, self.mass * rows, leaves.free, stretch)
+        return replace(self, weights=found)
+
+
+def _evenly(column: Column) -> np.ndarray:
+    """Weights of round steps by which values are drawn evenly."""
+    return np.ones((STRETCHES, len(Grid.of(column).steps)))
+
+
+def _stretches(leaf_bin: np.ndarray, number: int) -> np.ndarray:
+    """Stretch of each leaf: as many bins in each, which hold about as many rows."""
+    return leaf_bin * number // (leaf_bin[-1] + 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -740,9 +740,11 @@ def test_the_codec_is_made_of_noisy_answers_and_nothing_else(sigma: float, scale
 @pytest.mark.parametrize("heaps", [HEAPS, 0])
 def test_the_questions_are_public_and_as_many_as_planned(heaps: int) -> None:
     """The ledger's events and what each has of the budget follow from the schema alone."""
-    cells, exact, spots = [("cells", 1)], [("heaps", 2), ("bins", 1)], [("heaps", 1), ("bins", 2)]
-    kinds = {"count": exact, "price": exact, "age": cells, "ratio": spots, "cents": spots}
-    kinds |= {"long": spots} if heaps else {"long": spots, "direct": cells}
+    cells, steps = [("cells", 4)], ("round", 1)
+    exact, spots = [("heaps", 8), ("bins", 4), steps], [("heaps", 4), ("bins", 8)]
+    kinds = {"count": exact, "price": exact, "age": cells, "ratio": spots}
+    kinds |= {"cents": [*spots, steps], "long": [*spots, steps]}
+    kinds |= {} if heaps else {"direct": cells}
     planned = [
         (f"{kind}:{name}", parts)
         for name, questions in kinds.items()

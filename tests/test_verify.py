@@ -413,6 +413,8 @@ FORGED: dict[str, Callable[[Forger], None]] = {
     "heap slots of the codec": codec_column(slots=15),
     "a mass that is no share": codec_column(mass=[-1.0]),
     "cells out of range": codec_column(starts=[5], mass=[1.0], leaf_bin=[0]),
+    "a weight below 0": codec_column(weights=[[-1.0]] * 3),
+    "weights of too few stretches": codec_column(weights=[[1.0]]),
     "a column of the codec too many": lambda f: f.codec["columns"].update(more={}),
     "codec settings": lambda f: f.config["recipe"]["codec"].update(heaps=0),
     "result of another ε": lambda f: f.lineage["result"].update(epsilon=0.1),

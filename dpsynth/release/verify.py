@@ -24,6 +24,7 @@ from dpsynth.data import Table
 from dpsynth.privacy.accounting import second_opinion
 from dpsynth.privacy.events import Event
 from dpsynth.release.card import stated
+from dpsynth.rounding import STRETCHES
 from dpsynth.training.expected import expected_events
 from dpsynth.training.recipe import FAMILIES, Seat, codec_settings, plan_of
 from dpsynth.training.run import SEALED, Run
@@ -317,8 +318,8 @@ def _check_codec(run: Run) -> None:
 
 def _sound(coder: NumericCoder) -> bool:
     """Whether leaves tile the grid (a short one cell by cell) and hold all the rows at most, bins
-    ascend, and heaps are different spots."""
-    grid = Grid.of(coder.column)
+    ascend, heaps are different spots, and each stretch has a weight for each round step."""
+    grid, weights = Grid.of(coder.column), coder.weights
     starts, mass, bins, heaps = coder.starts, coder.mass, coder.leaf_bin, coder.heaps
     return bool(
         starts.ndim == mass.ndim == bins.ndim == heaps.ndim == 1
@@ -335,6 +336,8 @@ def _sound(coder: NumericCoder) -> bool:
         and len(heaps) <= coder.slots
         and len(np.unique(heaps)) == len(heaps)
         and ((heaps >= 0) & (heaps < grid.spots)).all()
+        and weights.shape == (STRETCHES, len(grid.steps))
+        and (np.isfinite(weights) & (weights >= 0)).all()
     )
 
 

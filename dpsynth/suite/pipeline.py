@@ -140,6 +140,7 @@ def _stage(what: str) -> str:
         "heaps": "codec",
         "bins": "codec",
         "cells": "codec",
+        "round": "codec",
         "marginal": "marginals",
         "tables": "tables",
     }
