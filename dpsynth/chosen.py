@@ -1,11 +1,11 @@
-"""Chosen tables: which label × two-way tables a model still gets wrong, asked in rounds, and the
-mixture that agrees with all of them."""
+"""Chosen tables: which two-way tables, apart for each label or not, a model still gets wrong, asked
+in rounds, and the mixture that agrees with all of them."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +18,8 @@ from dpsynth.mixture import Effort, Mixture, anchored, fit_mixture
 from dpsynth.survey import Survey
 
 __all__ = ["Choice", "choose_tables"]
+
+_Columns = tuple[int, ...]
 
 # Part of a round that its scores are paid from.
 _SCORES = 0.05
@@ -38,11 +40,13 @@ class Choice:
         tables: How many are asked for, all rounds together.
         rounds: Each scores all candidates against the model of the last one.
         effort: Of the last fit.
+        joined: Whether a table may be asked for all labels together in place of apart.
     """
 
     tables: int
     rounds: int
     effort: Effort
+    joined: bool = True
 
     def within(self, most: int) -> Choice:
         """The same with at most so many components."""
@@ -56,7 +60,8 @@ class Choice:
         The signal is what a count has against its noise when all candidates are asked: the mean
         number of rows a cell over σ = √candidates/μ. At 1 half of the candidates are asked, in
         three rounds; more of them, at last all in one round, and longer fits, the larger it is.
-        Constants are those of docs/design/quality.md.
+        Beyond 6 noise is so little that all are asked apart for each label. Constants are those of
+        docs/design/quality.md.
         """
         asked = candidates(layout)
         if not asked:
@@ -73,10 +78,11 @@ class Choice:
         if signal > 6:
             effort = Effort(1, 512, 800)
         number = max(1, round(share * len(asked)))
-        return cls(number, 1 if number == len(asked) else min(3, number), effort)
+        rounds = 1 if number == len(asked) else min(3, number)
+        return cls(number, rounds, effort, joined=signal <= 6)
 
 
-def candidates(layout: Layout) -> list[tuple[int, ...]]:
+def candidates(layout: Layout) -> list[_Columns]:
     """Label × two-way tables where the target has few levels, else all two-way ones: those of a
     target of many levels too, since their first answers are noisy."""
     if anchored(layout):
@@ -101,29 +107,55 @@ def choose_tables(survey: Survey, choice: Choice, *, device: str = "cpu") -> Mix
     rounds = min(choice.rounds, tables)
     if not tables:
         return fit_mixture(held, marginals, layout, survey.used, choice.effort, device=device)
-    model = Mixture.naive_bayes(marginals, layout)
+    model, joined = Mixture.naive_bayes(marginals, layout), _joined(left, choice, layout)
     for turn in range(rounds):
         share = survey.purse.left / (rounds - turn)
         wanted = _turn(tables, rounds, turn)
-        expected = {columns: marginals.rows * model.table(columns, layout) for columns in left}
-        if wanted < len(left):
+        options = left + [joined[columns] for columns in left if columns in joined]
+        expected = {columns: marginals.rows * model.table(columns, layout) for columns in options}
+        taken = options
+        if wanted < len(options):
             scores = survey.distances(expected, share * _SCORES)
             share *= 1 - _SCORES
             sigma = survey.purse.sigma(share / wanted)
-            worth = [
-                score - _by_chance(expected[columns]) - _WORTH * _blurred(expected[columns], sigma)
-                for columns, score in zip(left, scores, strict=True)
-            ]
-            taken = [left[place] for place in np.argsort(worth)[::-1][:wanted]]
-        else:
-            taken = left
+            taken = _worst(expected, scores, sigma, layout)[:wanted]
         shares = _shares([expected[columns] for columns in taken], survey, share)
         held += survey.tables(taken, shares)
         left = [columns for columns in left if columns not in taken]
+        joined = {apart: one for apart, one in joined.items() if one not in taken}
         last = turn == rounds - 1
         effort = choice.effort if last else _BETWEEN.within(choice.effort.components)
         model = fit_mixture(held, marginals, layout, survey.used, effort, device=device)
     return model
+
+
+def _joined(asked: Sequence[_Columns], choice: Choice, layout: Layout) -> dict[_Columns, _Columns]:
+    """Of tables of three columns, those that do not tell labels apart: half of the cells or less,
+    with all the rows in them."""
+    if not choice.joined:
+        return {}
+    return {
+        columns: tuple(column for column in columns if column != layout.target)
+        for columns in asked
+        if len(columns) == 3
+    }
+
+
+def _worst(
+    expected: Mapping[_Columns, np.ndarray], scores: Sequence[float], sigma: float, layout: Layout
+) -> list[_Columns]:
+    """Tables by what asking would mend, most first; of two columns apart for each label or not, the
+    one that would have more right. That is the one apart where there is no noise, whatever chance
+    does to sparse cells."""
+    right = {
+        columns: score - _WORTH * _blurred(expected[columns], sigma)
+        for columns, score in zip(expected, scores, strict=True)
+    }
+    best: dict[_Columns, _Columns] = {}
+    for columns in sorted(expected, key=lambda columns: right[columns]):
+        best[tuple(column for column in columns if column != layout.target)] = columns
+    worth = {columns: right[columns] - _by_chance(expected[columns]) for columns in best.values()}
+    return sorted(worth, key=lambda columns: -worth[columns])
 
 
 def _turn(tables: int, rounds: int, turn: int) -> int:

@@ -120,9 +120,10 @@ GROUPS: Mapping[str, Sequence[Setting]] = {
         for rest in (SPENT, 0.3, 0.05)
     ],
 }
-# Groups with a file of their own, and the first rows of each table that `small` is trained on.
+# Groups with a file of their own, and the first rows of each table that `small` is trained on beside
+# all of them.
 FILES = {"codec": CODECS, "small": SMALL, "trained": TRAINED}
-FIRST = (500, 2000)
+FIRST = (":500", ":2000", "")
 
 
 def tables_of(name: str, folder: Path | None) -> tuple[Table, Table]:
@@ -157,7 +158,7 @@ def run(name: str, parts: tuple[Table, Table], epsilon: float, setting: Setting)
         choice = usual(layout, mu, number, used)
         most = len(candidates(layout))
         tables = min(most, max(1, round(choice.tables * setting.asked)))
-        rounds = setting.rounds or (1 if tables in (1, most) else 2)
+        rounds = setting.rounds or (1 if tables in (1, most) else min(3, tables))
         return replace(choice, tables=tables, rounds=rounds)
 
     Choice.planned = planned  # type: ignore[method-assign]
@@ -195,7 +196,7 @@ def wanted(only: Sequence[str]) -> Iterator[tuple[str, float, Setting]]:
     others = [name for name in (*PUBLIC, *SIMULATED) if name not in first]
     for names in (first, others):
         for group in only:
-            parts = [f"{name}:{rows}" for name in names for rows in FIRST]
+            parts = [f"{name}{rows}" for name in names for rows in FIRST]
             for name in parts if group == "small" else names:
                 for epsilon in EPSILONS[: 2 if group in ("small", "trained") else None]:
                     for setting in GROUPS[group]:

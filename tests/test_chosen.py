@@ -155,18 +155,20 @@ WIDE = Layout((3, 2, 4, 2, 3, 2), target=1)
     ],
 )
 @pytest.mark.parametrize("mu", [0.3, FREE])
+@pytest.mark.parametrize("joined", [False, True])
 def test_all_rounds_together_cost_what_was_paid_at_most(
-    layout: Layout, tables: int, rounds: int, mu: float
+    layout: Layout, tables: int, rounds: int, mu: float, joined: bool
 ) -> None:
     """Σ queries/σ² ≤ μ², nearly all of it; each table is asked for once."""
     measurer = Counting(Ledger(1e-5), mu, 1, stream(0, "x"))
     survey = watched(even(600, layout), layout, measurer, mu)
-    mixture = choose_tables(survey, Choice(tables, rounds, QUICK))
+    mixture = choose_tables(survey, Choice(tables, rounds, QUICK, joined))
     assert len(mixture.weight) == 16
     number = min(tables, len(candidates(layout)))
     chosen = [columns for columns, _ in survey.asked]
     assert len(chosen) == len(set(chosen)) == number
-    assert set(chosen) <= set(candidates(layout))
+    either = {columns[1:] for columns in candidates(layout) if joined and len(columns) == 3}
+    assert set(chosen) <= set(candidates(layout)) | either
     if not math.isinf(mu):
         assert sum(paid**2 for paid in measurer.paid) <= mu**2 * (1 + 1e-12)
     if number:
@@ -175,7 +177,8 @@ def test_all_rounds_together_cost_what_was_paid_at_most(
     assert len(survey.scored) <= min(rounds, number)
     for earlier, later in itertools.pairwise(survey.scored):
         assert set(later) < set(earlier)
-    assert bool(survey.scored) == (0 < number < len(candidates(layout)) or min(rounds, number) > 1)
+    some = number < len(candidates(layout)) or bool(either) or min(rounds, number) > 1
+    assert bool(survey.scored) == (number > 0 and some)
 
 
 def test_a_small_table_under_a_small_budget_asks_for_one() -> None:
@@ -189,7 +192,7 @@ def test_a_table_on_which_noise_moves_more_rows_has_less_of_it() -> None:
     layout = Layout((2, 2, 30, 30, 2), target=0)
     measurer = Measurer(Ledger(1e-5), 1.0, 1, stream(0, "x"))
     survey = watched(even(2000, layout), layout, measurer, 1.0)
-    choose_tables(survey, Choice(6, 1, QUICK))
+    choose_tables(survey, Choice(6, 1, QUICK, joined=False))
     shares = dict(survey.asked)
     assert shares[0, 2, 3] == max(shares.values())
     assert shares[0, 1, 4] == min(shares.values())
@@ -221,22 +224,66 @@ def dependence(codes: Tensor, layout: Layout, columns: tuple[int, ...]) -> float
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
-def test_tables_with_structure_are_asked_for_before_those_without(rounds: int) -> None:
+@pytest.mark.parametrize("joined", [False, True])
+def test_tables_with_structure_are_asked_for_before_those_without(
+    rounds: int, joined: bool
+) -> None:
     codes, layout = encoded("scm", 8000)
     codes = torch.cat([codes, even(8000, Layout((6, 5), None), seed=77)], dim=1)
     layout = Layout((*layout.levels, 6, 5), layout.target)
     noise = {layout.columns - 1, layout.columns - 2}
     measurer = Measurer(Ledger(1e-5), 1.0, 1, stream(0, "x"))
     survey = watched(codes, layout, measurer, 1.0)
-    choose_tables(survey, Choice(8, rounds, QUICK))
-    chosen = [columns for columns, _ in survey.asked]
-    assert not any(noise & set(columns) for columns in chosen)
+    choose_tables(survey, Choice(8, rounds, QUICK, joined))
+    assert not any(noise & set(columns) for columns, _ in survey.asked)
+    chosen = [(layout.target, *columns[-2:]) for columns, _ in survey.asked]
     # Of all others the strongest are among them.
     strength = {c: dependence(codes, layout, c) for c in candidates(layout)}
     strongest = sorted(strength, key=lambda c: -strength[c])
     assert set(strongest[:4]) <= set(chosen)
     rest = [strength[c] for c in candidates(layout) if c not in chosen]
     assert np.mean([strength[c] for c in chosen]) > 4 * np.mean(rest)
+
+
+def alike(rows: int, seed: int = 0) -> tuple[Tensor, Layout]:
+    """Two pairs of columns that repeat each other: the first a little more often by the label, the
+    second forwards or backwards by it."""
+    layout, rng = Layout((2, 8, 8, 8, 8), target=0), np.random.default_rng(seed)
+    first, third = rng.integers(0, 8, (2, rows))
+    label, other = rng.integers(0, 2, rows), rng.integers(0, 8, (2, rows))
+    kept = rng.random((2, rows)) < 0.9
+    kept[0] &= (label > 0) | (rng.random(rows) < 0.9)
+    second = np.where(kept[0], first, other[0])
+    fourth = np.where(kept[1], np.where(label, third, 7 - third), other[1])
+    return torch.from_numpy(np.stack([label, first, second, third, fourth], axis=1)), layout
+
+
+@pytest.mark.parametrize(("mu", "expected"), [(0.05, [(0, 3, 4), (1, 2)]), (FREE, None)])
+def test_labels_are_told_apart_where_they_differ_or_noise_allows_it(
+    mu: float, expected: list[tuple[int, ...]] | None
+) -> None:
+    codes, layout = alike(20_000)
+    measurer = Measurer(Ledger(1e-5), mu, 1, stream(0, "x"))
+    survey = watched(codes, layout, measurer)
+    choose_tables(survey, Choice(2, 1, QUICK))
+    assert sorted(columns for columns, _ in survey.asked) == (expected or [(0, 1, 2), (0, 3, 4)])
+
+
+def test_tables_asked_joined_may_be_asked_apart_later_and_never_the_other_way_round() -> None:
+    codes, layout = alike(4000)
+    measurer = Measurer(Ledger(1e-5), 0.2, 1, stream(0, "x"))
+    survey = watched(codes, layout, measurer)
+    choose_tables(survey, Choice(6, 6, QUICK))
+    chosen = [columns for columns, _ in survey.asked]
+    for number, columns in enumerate(chosen):
+        assert len(columns) == 2 or columns[1:] not in chosen[number:]
+    assert {len(columns) for columns in chosen} == {2, 3}
+
+
+def test_much_budget_asks_for_all_tables_apart() -> None:
+    choice = Choice.planned(ADULT, 1e3, 30_000)
+    assert not choice.joined and choice.tables == len(candidates(ADULT))
+    assert Choice.planned(ADULT, 0.2, 30_000).joined
 
 
 @pytest.mark.parametrize("mu", [0.5, 2.0, FREE])
