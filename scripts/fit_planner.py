@@ -95,6 +95,8 @@ class Setting:
         return Recipe(self.model, {}, privacy, codec, device="cpu")
 
 
+# Shares of the label tables at the knots before the last fit.
+LABELS = (0.4, 0.4, 0.08, 0.08, 0.08, 0.08)
 # Shares of the codec and of DP-SGD as the fits before left them, where runs decided.
 SHIPPED, SPENT = 0.2, 0.15
 # Bins that are tried.
@@ -120,8 +122,8 @@ GROUPS: Mapping[str, Sequence[Setting]] = {
         for rest in (SPENT, 0.3, 0.05)
     ],
 }
-# Groups with a file of their own, and the first rows of each table that `small` is trained on beside
-# all of them.
+# Groups with a file of their own, and the first rows of each table that `small` is trained on,
+# beside all rows.
 FILES = {"codec": CODECS, "small": SMALL, "trained": TRAINED}
 FIRST = (":500", ":2000", "")
 
@@ -307,20 +309,24 @@ def monotone(path: Shares) -> bool:
     return list(path) in (sorted(path), sorted(path, reverse=True))
 
 
-def chosen(found: Curves, grid: Sequence[float], usual: float) -> tuple[Shares, dict]:
+def chosen(
+    found: Curves, grid: Sequence[float], usual: float | Shares
+) -> tuple[Shares, dict[str, float]]:
     """Monotone shares at the knots with the least mean regret over tables. Then, knot by knot, the
     share nearest to the present one that is within a standard error (paired, over the tables that
-    the knot matters to) of it: where runs do not decide, the present value stays."""
+    the knot matters to) of it: where runs do not decide, the present value stays, one for all knots
+    or one each."""
+    before = usual if isinstance(usual, tuple) else (usual,) * len(KNOTS)
     paths = [path for path in itertools.product(grid, repeat=len(KNOTS)) if monotone(path)]
     best = min(paths, key=lambda path: by_table(found, regrets(found, path)).mean())
     path = best
     for knot in range(len(KNOTS)):
-        for share in sorted(grid, key=lambda x: abs(x - usual)):
+        for share in sorted(grid, key=lambda x: abs(x - before[knot])):
             moved = (*path[:knot], share, *path[knot + 1 :])
             if monotone(moved) and _within(found, moved, path):
                 path = moved
                 break
-    present = by_table(found, regrets(found, [usual] * len(KNOTS)))
+    present = by_table(found, regrets(found, before))
     facts = {"tables": len(present), "comparisons": len(found), "present": present.mean()}
     facts |= {
         name: by_table(found, regrets(found, one)).mean()
@@ -361,7 +367,7 @@ def fit() -> None:
     bins, third = chosen(curves(apart, "codec", "bins"), GRID["bins"], CODEC["bins"])
     small = json.loads(SMALL.read_text())["runs"]
     found = curves([*small, *apart], "small", "marginals")
-    marginals, fourth = chosen(found, GRID["marginals"], PRESENT["marginals"])
+    marginals, fourth = chosen(found, GRID["marginals"], LABELS)
     near = [nearest(row, bins) for row in apart]
     apart_at = [row for row in near if row is not None]
     codec, first = chosen(curves(apart_at, "codec", "codec"), GRID["codec"], SHIPPED)
