@@ -115,7 +115,7 @@ def weights_of(
 ) -> np.ndarray:
     """How much likelier than by an even draw a number of each step is, in each stretch (G, S).
 
-    Steps are fine as long as next to no row lies on the finest of them. Counts that noise could
+    Steps are too fine as long as next to no row lies on the finest of them. Counts that noise could
     have made of those of an even draw from there on are these; then, in each stretch, those that it
     could have made of what all stretches together say.
 
