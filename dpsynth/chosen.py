@@ -59,7 +59,7 @@ class Choice:
 
         The signal is what a count has against its noise when all candidates are asked: the mean
         number of rows a cell over σ = √candidates/μ. At 1 half of the candidates are asked, in
-        three rounds; more of them, at last all in one round, and longer fits, the larger it is.
+        five rounds; more of them, at last all in one round, and longer fits, the larger it is.
         Beyond 6 noise is so little that all are asked apart for each label. Constants are those of
         docs/design/quality.md.
         """
@@ -78,7 +78,7 @@ class Choice:
         if signal > 6:
             effort = Effort(1, 512, 800)
         number = max(1, round(share * len(asked)))
-        rounds = 1 if number == len(asked) else min(3, number)
+        rounds = 1 if number == len(asked) else min(5, number)
         return cls(number, rounds, effort, joined=signal <= 6)
 
 

@@ -21,10 +21,11 @@ from dpsynth.codec import Layout
 from dpsynth.marginals import Marginals, NoisyTable
 from dpsynth.randomness import stream
 
-__all__ = ["Effort", "Mixture", "anchored", "fit_mixture"]
+__all__ = ["Effort", "Mixture", "anchored", "classed", "fit_mixture"]
 
-# Target levels up to which each component belongs to one of them.
-_ANCHORS = 8
+# Target levels up to which each component belongs to one of them, and up to which a target is a
+# class: bins and heaps of a number are more.
+_ANCHORS, _CLASSES = 8, 32
 # Spread of the components' first logits around those of naive Bayes, and Adam's rate.
 _SPREAD, _RATE = 0.5, 0.05
 # λ, weight of the pull towards independence given the target, in nats a row.
@@ -55,7 +56,12 @@ class Effort:
 
 def anchored(layout: Layout) -> bool:
     """Whether components belong to target levels."""
-    return layout.target is not None and 1 < layout.groups <= _ANCHORS
+    return classed(layout) and layout.groups <= _ANCHORS
+
+
+def classed(layout: Layout) -> bool:
+    """Whether there is a target and it is a class, not a number."""
+    return layout.target is not None and 1 < layout.groups <= _CLASSES
 
 
 @dataclass(frozen=True, eq=False)

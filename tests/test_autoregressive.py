@@ -518,6 +518,30 @@ def test_without_noise_the_additive_model_is_bayes_rule(groups: int) -> None:
     torch.testing.assert_close(flat.softmax(-1), expected, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("groups", [3, 9])
+def test_columns_that_tell_nothing_add_little_noise(groups: int) -> None:
+    """One column decides most of the target, twenty tell nothing: with their noisy tables, too, the
+    scores are about as good as with the first alone."""
+    made = np.random.default_rng(groups)
+    law = 0.9 * np.eye(groups) + 0.1 / groups
+    group = made.choice(groups, 20_000)
+    first = (made.random((len(group), 1)) > law[group].cumsum(1)).sum(1)
+    others = [made.integers(0, 6, len(group)) for _ in range(20)]
+    noise = 0.02 / groups
+    exact = [law / groups, *[np.full((groups, 6), 1 / groups / 6)] * 20]
+    tables = [
+        torch.from_numpy(t + noise * made.standard_normal(t.shape)).clamp_min(0) for t in exact
+    ]
+    prior = torch.full((groups,), 1 / groups, dtype=torch.float64).log()
+    codes = [torch.from_numpy(column) for column in (first, *others)]
+    truth = np.log(law.T[first])
+    far = []
+    for number in (1, 21):
+        found = additive_logits(codes[:number], tables[:number], prior, noise).log_softmax(-1)
+        far.append(float((np.exp(truth) * (truth - found.numpy())).sum(1).mean()))
+    assert far[1] < far[0] + 0.01
+
+
 def test_a_target_level_that_cannot_occur_stays_out() -> None:
     prior = doubles([math.log(0.4), -1e4, math.log(0.6)])
     codes = [torch.arange(300) % 3]

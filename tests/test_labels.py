@@ -1,5 +1,7 @@
 """Labels drawn last: scores of two models, and draws that are balanced without being biased."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -152,6 +154,45 @@ def test_a_head_follows_the_weights_and_is_not_fitted_twice() -> None:
     with torch.no_grad():
         next(iter(model.parameters())).add_(0.5)
     assert model._label_heads(rng)[0] is not first
+
+
+class AnewError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("levels", "anew"), [(2, True), (9, True), (32, True), (33, False)])
+def test_a_class_is_drawn_last_and_a_number_is_not(
+    levels: int, anew: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AnewError
+
+    monkeypatch.setattr("dpsynth.models.base.LabelHead", refuse)
+    model = make_fleet("autoregressive", Layout((4, 3, levels), 2), [1], reconcile=True)
+    with pytest.raises(AnewError) if anew else nullcontext():
+        model.sample(9, FleetRng([3]))
+
+
+def test_tables_sharpen_what_a_generator_blurs_of_a_class_of_many_levels() -> None:
+    """The generator keeps the column that decides the label in half of its rows, tables in nine of
+    ten; twelve columns tell nothing."""
+    rng, levels = np.random.default_rng(6), 12
+    layout = Layout((levels, *[5] * 12, levels), target=13)
+    codes = np.stack([rng.integers(0, n, 8000) for n in layout.levels], axis=1)
+    kept = rng.random(len(codes)) < 0.5
+    codes[kept, 13] = codes[kept, 0]
+    rank = torch.cat([torch.arange(n) for n in layout.levels]).float()
+    prior = torch.full((levels,), 1 / levels, dtype=torch.float64)
+    tables = [torch.full((levels, n), 1 / levels / n, dtype=torch.float64) for n in layout.levels]
+    tables[0] = (0.9 * torch.eye(levels, dtype=torch.float64) + 0.1 / levels) / levels
+    noise = 0.1 / levels / 5
+    noisy = [t + noise * torch.from_numpy(rng.standard_normal(t.shape)) for t in tables[:-1]]
+    rows = torch.from_numpy(codes)
+    head = LabelHead(rows, rank, layout)
+    scores = head.scores(rows, [t.clamp_min(0) for t in noisy], prior.log(), noise)
+    right = scores.softmax(-1).gather(1, rows[:, :1]).mean()
+    # By the generator's rows alone it would be .54.
+    assert 0.58 < right < 0.95
 
 
 def test_reconcile_is_true_or_false() -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 __all__ = ["additive_logits"]
 
-# Variance of a level's contribution, in squared logits, before the tables are seen.
-_PRIOR = 8.0
+# Variance of a level's contribution, in squared logits, before the tables are seen: the most, and
+# the least part of that.
+_PRIOR, _LEAST = 8.0, 1e-3
 _SWEEPS, _DAMPING = 15, 0.8
 
 
@@ -25,8 +26,11 @@ def additive_logits(
 
     Label × column tables are the sufficient statistics of that model, so nothing is learned from
     rows. Its fit is the maximum a posteriori: on these rows, each level of a column should have
-    the target's shares that its table gives it, as far as the table's noise lets that be known;
-    contributions are N(0, 8). Diagonal Newton steps, column by column.
+    the target's shares that its table gives it, as far as the table's noise lets that be known.
+    Contributions are N(0, 8). Where the target has three levels and more, which bring more noise,
+    they are N(0, 8φ²) with the column's mean square contingency φ², at most 1, of which what noise
+    alone would show is taken off: a column that tells nothing then adds nothing. Diagonal Newton
+    steps, column by column.
 
     Args:
         codes: Levels of each column but the target, of which there is at least one.
@@ -61,6 +65,7 @@ class _Column:
         # A count is rounded by drawing, if by nothing else.
         self.variance = (noise * rows * self.count / (mass + 1)).square() + 1
         self.held = table.new_zeros(levels, groups)
+        self.prior = _PRIOR * (_contingency(table, prior, noise) if groups > 2 else 1.0)
         # Two scores that move together by half of Newton's step each.
         self.together = groups / max(groups - 1, 1)
 
@@ -70,8 +75,17 @@ class _Column:
     def step(self, share: Tensor) -> Tensor:
         """Change of the contributions (levels, groups) where rows have these shares."""
         slope = self._sum(share * (1 - share)) * self.together
-        pull = slope / self.variance * (self.wanted - self._sum(share)) - self.held / _PRIOR
-        change = pull / (slope.square() / self.variance + 1 / _PRIOR)
+        pull = slope / self.variance * (self.wanted - self._sum(share)) - self.held / self.prior
+        change = pull / (slope.square() / self.variance + 1 / self.prior)
         change = _DAMPING * change.clamp(-1, 1)
         self.held += change
         return change
+
+
+def _contingency(table: Tensor, prior: Tensor, noise: float) -> float:
+    """φ² = Σ (share - expected)²/expected, where expected has the target's shares at each level,
+    less what noise adds to it; from `_LEAST` to 1. Cells that noise hides count for less."""
+    expected = prior[:, None] * table.sum(0)
+    gap = (table - expected).square() - noise**2
+    found = gap / (expected + noise).clamp_min(1e-12)
+    return min(max(float(found.sum()), _LEAST), 1.0)

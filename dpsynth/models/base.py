@@ -18,7 +18,7 @@ from dpsynth.counter import CounterRng
 from dpsynth.devices import resolve
 from dpsynth.draws import RecordRng
 from dpsynth.marginals import Marginals
-from dpsynth.mixture import Mixture, anchored
+from dpsynth.mixture import Mixture, classed
 from dpsynth.models.captured import CapturedSteps
 from dpsynth.models.labels import LabelHead, balanced
 from dpsynth.models.reconcile import corrected, evenly_within
@@ -242,9 +242,9 @@ class Generator(lightning.LightningModule, ABC):
         return torch.stack(made)
 
     def _labelled(self, codes: Tensor, rng: FleetRng, given: Mapping[int, int]) -> Tensor:
-        """Rows with the target drawn anew given all else, unless it is fixed or has many levels."""
+        """Rows with the target drawn anew given all else, unless it is fixed or a number."""
         target = self.layout.target
-        drawn_last = anchored(self.layout) and self.layout.columns > 1 and target not in given
+        drawn_last = classed(self.layout) and self.layout.columns > 1 and target not in given
         if not (self.reconcile and drawn_last) or target is None:
             return codes
         offsets, made = rng.uniform(1)[:, 0], codes.clone()

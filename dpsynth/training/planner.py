@@ -28,7 +28,7 @@ import numpy as np
 from dpsynth.checks import UsageError, check_count, check_fraction, check_positive
 from dpsynth.chosen import candidates
 from dpsynth.codec import Layout
-from dpsynth.mixture import anchored
+from dpsynth.mixture import anchored, classed
 from dpsynth.privacy.calibration import whole_mu
 from dpsynth.privacy.events import Event
 from dpsynth.privacy.metadata import spent_events
@@ -55,9 +55,6 @@ CODEC: Mapping[str, int] = {"bins": 20, "heaps": 16}
 # Parts of the squared Gaussian budget where no tables are chosen. A noisy row count is only taken
 # where none is declared.
 SHARES: Mapping[str, float] = {"rows": 0.01, "codec": 0.1, "marginals": 0.3, "tables": 0.0}
-# Levels of a target up to which its tables with one column decide shares: a number has more, and
-# loses by it.
-_LEVELS = 32
 _FILE = Path(__file__).with_name("planner.json")
 
 
@@ -137,13 +134,13 @@ def signal(layout: Layout, mu: float, rows: int, *, apart: bool = False) -> floa
         layout: Public shape of encoded rows.
         mu: The whole Gaussian budget; inf without privacy.
         rows: Public number of rows.
-        apart: With candidates apart for each level of the target, asked so or not; but not of one
-            with so many levels as bins and heaps of a number make.
+        apart: With candidates apart for each level of the target, asked so or not; but not where
+            it is a number, which loses by it.
 
     Returns:
         See the module; inf where there is no candidate.
     """
-    thin = apart and not anchored(layout) and layout.groups <= _LEVELS
+    thin = apart and classed(layout) and not anchored(layout)
     scale = _scale(layout) * (layout.groups if thin else 1)
     return mu * rows / scale if scale else math.inf
 
