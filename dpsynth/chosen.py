@@ -1,5 +1,5 @@
-"""Chosen tables: which two-way tables, apart for each label or not, a model still gets wrong, asked
-in rounds, and the mixture that agrees with all of them."""
+"""Chosen tables: all of them with merged levels, then those that a model still gets wrong, apart
+for each label or not, asked in rounds; and the mixture that agrees with all of them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ __all__ = ["Choice", "choose_tables"]
 
 _Columns = tuple[int, ...]
 
-# Part of a round that its scores are paid from.
-_SCORES = 0.05
+# Part of the purse for coarse tables of all candidates, where not all are asked in full; and of a
+# round for its scores.
+_COARSE, _SCORES = 0.15, 0.05
 # A table is worth asking for where it is wrong, beyond chance, by more than this part of what noise
 # would do to it.
 _WORTH = 0.3
@@ -108,6 +109,7 @@ def choose_tables(survey: Survey, choice: Choice, *, device: str = "cpu") -> Mix
     if not tables:
         return fit_mixture(held, marginals, layout, survey.used, choice.effort, device=device)
     model, joined = Mixture.naive_bayes(marginals, layout), _joined(left, choice, layout)
+    coarse = survey.coarse(left, survey.purse.left * _COARSE) if tables < len(left) else None
     for turn in range(rounds):
         share = survey.purse.left / (rounds - turn)
         wanted = _turn(tables, rounds, turn)
@@ -125,7 +127,8 @@ def choose_tables(survey: Survey, choice: Choice, *, device: str = "cpu") -> Mix
         joined = {apart: one for apart, one in joined.items() if one not in taken}
         last = turn == rounds - 1
         effort = choice.effort if last else _BETWEEN.within(choice.effort.components)
-        model = fit_mixture(held, marginals, layout, survey.used, effort, device=device)
+        facts = held, marginals, layout, survey.used, effort
+        model = fit_mixture(*facts, coarse=coarse, device=device)
     return model
 
 

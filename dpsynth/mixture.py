@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpsynth.coarse import PARTS, Coarse
 from dpsynth.codec import Layout
 from dpsynth.marginals import Marginals, NoisyTable
 from dpsynth.randomness import stream
@@ -127,6 +128,7 @@ def fit_mixture(
     used: Tensor,
     effort: Effort,
     *,
+    coarse: Coarse | None = None,
     device: str = "cpu",
 ) -> Mixture:
     """The mixture whose expected counts are nearest to `tables`, each cell weighed by its noise.
@@ -141,9 +143,12 @@ def fit_mixture(
         layout: Public shape.
         used: Levels that can occur (W,).
         effort: How long.
+        coarse: Tables of merged levels, of all pairs of columns that `tables` may have.
         device: Where it is computed.
     """
     fit = _Fit(tables, marginals, layout, used, effort, torch.device(device))
+    if coarse is not None:
+        fit.merge(coarse)
     fit.run()
     return fit.mixture()
 
@@ -166,8 +171,27 @@ class _Fit:
         ends = np.cumsum([0, *self.sizes])
         self.blocks = [slice(a, b) for a, b in itertools.pairwise(ends.tolist())]
         self.inside = [b.nonzero().flatten().numpy() for b in used.split(list(layout.levels))]
+        self.merging: Tensor | None = None
         self._start(marginals)
         self._targets(tables)
+
+    def merge(self, coarse: Coarse) -> None:
+        """Take coarse tables in: a second set of blocks, of `PARTS` groups a column, that levels
+        add up to."""
+        width = PARTS * self.layout.columns
+        place = np.concatenate([PARTS * j + group for j, group in enumerate(coarse.groups)])
+        merging = torch.zeros(len(self.kept), width)
+        merging[torch.arange(len(self.kept)), torch.from_numpy(place)[self.kept]] = 1.0
+        wanted, exact = torch.zeros(2, len(self.bounds) - 1, width, width)
+        for table in coarse.tables:
+            rows, columns = (slice(PARTS * c, PARTS * (c + 1)) for c in table.columns[-2:])
+            counts = table.counts
+            if len(table.columns) == 3:
+                counts = counts[self.inside[table.columns[0]]]
+            wanted[:, rows, columns] = torch.from_numpy(counts).float()
+            exact[:, rows, columns] = 1 / max(table.sigma, _EXACT) ** 2
+        self.merging = merging.to(self.device)
+        self.wanted["coarse"], self.exact["coarse"] = wanted.to(self.device), exact.to(self.device)
 
     def _start(self, marginals: Marginals) -> None:
         """Components around naive Bayes: as many a target level as the root of its share asks."""
@@ -235,10 +259,14 @@ class _Fit:
             part, share = levels[:, a:b], weight[:, a:b, None]
             joint = (part * share).mT @ part
             whole = whole + joint
+            total = total + _PULL * self.rows * self._information(part, share)
             if self.deep:
                 gap = self.rows * joint - self.wanted["triple"][g]
                 total = total + 0.5 * (self.exact["triple"][g] * gap.square()).sum()
-            total = total + _PULL * self.rows * self._information(part, share)
+            if self.merging is not None:
+                part = part @ self.merging
+                gap = self.rows * (part * share).mT @ part - self.wanted["coarse"][g]
+                total = total + 0.5 * (self.exact["coarse"][g] * gap.square()).sum()
         for name, share in {"alone": (levels * weight[..., None]).sum(1), "pair": whole}.items():
             gap = self.rows * share - self.wanted[name]
             total = total + 0.5 * (self.exact[name] * gap.square()).sum()

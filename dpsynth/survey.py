@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from dpsynth.checks import UsageError
+from dpsynth.coarse import Coarse, groups_of, merged
 from dpsynth.codec import Layout
 from dpsynth.marginals import Marginals, NoisyTable
 from dpsynth.privacy.mechanisms import Purse
@@ -53,6 +54,23 @@ class Survey:
             NoisyTable(columns, noise(counts), noise.sigma)
             for columns, noise, counts in zip(asked, noises, counted, strict=True)
         ]
+
+    def coarse(self, asked: Sequence[_Columns], share: float) -> Coarse:
+        """Tables of two columns or more by groups of their last two, each one histogram, for one
+        share of the purse together.
+
+        Args:
+            asked: Columns of each table, the target first of three.
+            share: Part of the purse.
+        """
+        groups = groups_of(self.marginals, self.layout, self.used)
+        noise = self.purse.histograms(share, queries=len(asked))
+        counted = self._count(asked)
+        tables = (
+            NoisyTable(columns, noise(merged(counts, columns, groups)), noise.sigma)
+            for columns, counts in zip(asked, counted, strict=True)
+        )
+        return Coarse(groups, tuple(tables))
 
     def distances(self, expected: Mapping[_Columns, np.ndarray], share: float) -> list[float]:
         """Noisy Σ|count - expected| of each table, for one share of the purse together.

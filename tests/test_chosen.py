@@ -14,6 +14,7 @@ from test_survey import FREE, Counting, counted, survey_of
 from torch import Tensor
 
 from dpsynth.chosen import Choice, _by_chance, candidates, choose_tables
+from dpsynth.coarse import Coarse
 from dpsynth.codec import Codec, Layout
 from dpsynth.datasets import simulated
 from dpsynth.marginals import Marginals, NoisyTable
@@ -109,10 +110,16 @@ class Watched(Survey):
         super().__init__(*args)
         self.asked: list[tuple[tuple[int, ...], float]] = []
         self.scored: list[list[tuple[int, ...]]] = []
+        self.merged: list[tuple[list[tuple[int, ...]], float]] = []
 
     def tables(self, asked: Sequence[tuple[int, ...]], shares: Sequence[float]) -> list[NoisyTable]:
         self.asked += zip(asked, shares, strict=True)
         return super().tables(asked, shares)
+
+    def coarse(self, asked: Sequence[tuple[int, ...]], share: float) -> Coarse:
+        assert not self.asked
+        self.merged.append((list(asked), share))
+        return super().coarse(asked, share)
 
     def distances(self, expected: Any, share: float) -> list[float]:
         self.scored.append(list(expected))
@@ -173,6 +180,9 @@ def test_all_rounds_together_cost_what_was_paid_at_most(
         assert sum(paid**2 for paid in measurer.paid) <= mu**2 * (1 + 1e-12)
     if number:
         assert 0 <= survey.purse.left < 1e-6
+    # All are asked with merged levels first, unless all will be asked in full.
+    merged = [] if number in (0, len(candidates(layout))) else [(candidates(layout), 0.15)]
+    assert survey.merged == merged
     # A round scores what is left, unless it asks for all of it.
     assert len(survey.scored) <= min(rounds, number)
     for earlier, later in itertools.pairwise(survey.scored):
