@@ -130,9 +130,9 @@ def figure(runs: Runs, over: str, out: Path) -> None:
         axis.set(xscale="log", title=name, xlabel="ε" if over == "epsilon" else "rows")
         if name.startswith("TVD"):
             axis.set_yscale("log")
-    axes[-1].legend(fontsize=6, loc="lower right")
+    axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1.02))
     drawn.tight_layout()
-    drawn.savefig(out, dpi=130)
+    drawn.savefig(out, dpi=130, bbox_inches="tight")
 
 
 def main() -> None:
