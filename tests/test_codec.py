@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def test_fewer_bins_leave_slots_empty_and_rows_where_they_are(name: str, mu: flo
         again = codec.decode(codec.encode(table), np.random.default_rng(0)).frame[name.lower()]
         width = (column.upper - column.lower) / (wanted or BINS)
         assert np.abs(again.to_numpy(float) - values).max() < 1.6 * width
-        made[wanted] = codec.layout, ledger.events
+        made[wanted] = codec.layout, [replace(event, when="") for event in ledger.events]
     assert made[None] == made[3]
 
 

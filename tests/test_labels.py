@@ -173,10 +173,13 @@ def test_a_class_is_drawn_last_and_a_number_is_not(
         model.sample(9, FleetRng([3]))
 
 
-def test_tables_sharpen_what_a_generator_blurs_of_a_class_of_many_levels() -> None:
+def test_tables_sharpen_what_a_generator_blurs_of_a_class_of_many_levels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The generator keeps the column that decides the label in half of its rows, tables in nine of
     ten; twelve columns tell nothing."""
-    rng, levels = np.random.default_rng(6), 12
+    monkeypatch.setattr("dpsynth.models.labels._TREES", 30)
+    rng, levels = np.random.default_rng(6), 10
     layout = Layout((levels, *[5] * 12, levels), target=13)
     codes = np.stack([rng.integers(0, n, 8000) for n in layout.levels], axis=1)
     kept = rng.random(len(codes)) < 0.5
