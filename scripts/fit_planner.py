@@ -17,7 +17,7 @@ import os
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,8 +118,8 @@ GROUPS: Mapping[str, Sequence[Setting]] = {
         for share in (PRESENT["marginals"], 0.2, 0.4, 0.7)
     ],
     "trained": [
-        Setting("autoregressive", codec=SHIPPED, rest=rest, bins=TRIED[-1])
-        for rest in (SPENT, 0.3, 0.05)
+        Setting("autoregressive", codec=SHIPPED, marginals=0.2, rest=rest, bins=TRIED[-1])
+        for rest in (SPENT, 0.3, 0.05, 0.02)
     ],
 }
 # Groups with a file of their own, and the first rows of each table that `small` is trained on,
@@ -151,7 +151,9 @@ def tables_of(name: str, folder: Path | None) -> tuple[Table, Table]:
     return Table(replace(whole.schema, expected_rows=len(train)), train.frame), held
 
 
-def run(name: str, parts: tuple[Table, Table], epsilon: float, setting: Setting) -> dict[str, Any]:
+def run(
+    name: str, parts: tuple[Table, Table], epsilon: float, setting: Setting, seed: int
+) -> dict[str, Any]:
     """Train and judge once."""
     rows, held = parts
     started, recipe, usual = time.process_time(), setting.recipe(), Choice.planned
@@ -160,16 +162,16 @@ def run(name: str, parts: tuple[Table, Table], epsilon: float, setting: Setting)
         choice = usual(layout, mu, number, used)
         most = len(candidates(layout))
         tables = min(most, max(1, round(choice.tables * setting.asked)))
-        rounds = setting.rounds or (1 if tables in (1, most) else min(3, tables))
+        rounds = setting.rounds or (1 if tables in (1, most) else min(choice.rounds, tables))
         return replace(choice, tables=tables, rounds=rounds)
 
     Choice.planned = planned  # type: ignore[method-assign]
     try:
-        (made,) = train_fleet(recipe, [Seat(rows, epsilon, 0)])
+        (made,) = train_fleet(recipe, [Seat(rows, epsilon, seed)])
     finally:
         Choice.planned = usual  # type: ignore[method-assign]
     spent = time.process_time() - started
-    key = derive(0, "sample")
+    key = derive(seed, "sample")
     codes = made.generator.sample(len(rows), FleetRng([key]))[0]
     table = made.codec.decode(codes, stream(key, "decode"))
     figures = fidelity(held, table, rng=np.random.default_rng(0))
@@ -185,6 +187,7 @@ def run(name: str, parts: tuple[Table, Table], epsilon: float, setting: Setting)
         "table": name,
         "rows": len(rows),
         "epsilon": epsilon,
+        "seed": seed,
         "signal": signal(layout, budget(epsilon, DELTA, (), 1), len(rows)),
         "setting": asdict(setting),
         "figures": {name: round(value, 5) for name, value in found.items()},
@@ -192,7 +195,7 @@ def run(name: str, parts: tuple[Table, Table], epsilon: float, setting: Setting)
     }
 
 
-def wanted(only: Sequence[str]) -> Iterator[tuple[str, float, Setting]]:
+def wanted(only: Sequence[str]) -> Iterator[tuple[str, float, Setting, int]]:
     """Runs of these groups in the order of what they tell: any beginning can be compared."""
     first = ("cardio", "law_school", "scm", "nltcs", "airbnb_nyc")
     others = [name for name in (*PUBLIC, *SIMULATED) if name not in first]
@@ -202,12 +205,13 @@ def wanted(only: Sequence[str]) -> Iterator[tuple[str, float, Setting]]:
             for name in parts if group == "small" else names:
                 for epsilon in EPSILONS[: 2 if group in ("small", "trained") else None]:
                     for setting in GROUPS[group]:
-                        yield name, epsilon, setting
+                        for seed in range(3 if group == "trained" and name in SIMULATED else 1):
+                            yield name, epsilon, setting, seed
 
 
-def _same(row: Mapping[str, Any], name: str, epsilon: float, setting: Setting) -> bool:
-    held = Setting(**row["setting"])
-    return (row["table"], row["epsilon"], held) == (name, epsilon, setting)
+def _same(row: Mapping[str, Any], name: str, epsilon: float, setting: Setting, seed: int) -> bool:
+    held = row["table"], row["epsilon"], Setting(**row["setting"]), row.get("seed", 0)
+    return held == (name, epsilon, setting, seed)
 
 
 def run_all(folder: Path, minutes: float, only: Sequence[str]) -> None:
@@ -216,14 +220,14 @@ def run_all(folder: Path, minutes: float, only: Sequence[str]) -> None:
     file = FILES.get(only[0], RUNS) if len(only) == 1 else RUNS
     held = json.loads(file.read_text())["runs"] if file.exists() else []
     until, cache = time.monotonic() + 60 * minutes, {}
-    for name, epsilon, setting in wanted(only or _OTHERS):
-        if any(_same(row, name, epsilon, setting) for row in held):
+    for name, epsilon, setting, seed in wanted(only or _OTHERS):
+        if any(_same(row, name, epsilon, setting, seed) for row in held):
             continue
         if time.monotonic() > until:
             return
         if name not in cache:
             cache[name] = tables_of(name, folder)
-        held.append(run(name, cache[name], epsilon, setting))
+        held.append(run(name, cache[name], epsilon, setting, seed))
         print(json.dumps(held[-1]), flush=True)
         file.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(json.dumps(row) for row in held)
@@ -247,9 +251,10 @@ KNOTS = (0.015625, 0.0625, 0.25, 1.0, 4.0, 16.0)
 GRID: Mapping[str, Sequence[float]] = {
     "codec": (0.05, 0.075, 0.1, 0.15, 0.2),
     "marginals": (0.08, 0.2, 0.3, 0.4, 0.5),
-    "trained": (0.05, 0.1, 0.15, 0.2, 0.3),
     "bins": (12, 14, 16, 18, 20),
 }
+# What DP-SGD may reach for, and the least share it may have.
+REACH, LEAST = (300.0, 425.0, 600.0, 850.0, 1200.0, 1700.0, 2400.0), (0.03, 0.05, 0.1, 0.15)
 # What is not fitted: where other families are taken.
 USUAL = {"faint": 0.02, "wide": 2048, "widest": 4096}
 
@@ -263,30 +268,46 @@ def loss_of(figures: Mapping[str, float]) -> float:
 Curves = dict[tuple[str, float], tuple[float, dict[float, float]]]
 
 
-def curves(rows: Sequence[Mapping[str, Any]], group: str, field: str) -> Curves:
-    """Signal and loss by share, of each (table, ε) that has the present value and another."""
+def curves(
+    rows: Sequence[Mapping[str, Any]],
+    group: str,
+    field: str,
+    place: Callable[[Mapping[str, Any]], float] = lambda row: row["signal"],
+) -> Curves:
+    """Place, by default the signal, and loss by share (mean of seeds), of each (table, ε) that has
+    the present value and another."""
     usual = GROUPS[group][0]
-    found: dict[tuple[str, float], dict[float, float]] = defaultdict(dict)
+    each: dict[tuple[str, float], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     at: dict[tuple[str, float], float] = {}
     for row in rows:
         setting = Setting(**row["setting"])
         same = replace(setting, **{field: getattr(usual, field)})
         if same == usual:
             key = row["table"], row["epsilon"]
-            found[key][getattr(setting, field)] = loss_of(row["figures"])
-            at[key] = row["signal"]
+            each[key][getattr(setting, field)].append(loss_of(row["figures"]))
+            at[key] = place(row)
+    found = {
+        key: {share: float(np.mean(some)) for share, some in by.items()} for key, by in each.items()
+    }
     kept = {key: (at[key], by) for key, by in found.items() if len(by) > 1}
     return {key: value for key, value in kept.items() if getattr(usual, field) in value[1]}
 
 
 def regrets(found: Curves, shares: Sequence[float]) -> np.ndarray:
     """Loss beyond that of the best share that was run, of each (table, ε), under knots."""
+    return regrets_of(
+        found,
+        lambda at: np.interp(math.log(min(max(at, KNOTS[0]), KNOTS[-1])), np.log(KNOTS), shares),
+    )
+
+
+def regrets_of(found: Curves, share: Callable[[float], float]) -> np.ndarray:
+    """The same under any rule that says the share by the place."""
     out = []
     for at, by in found.values():
-        place = math.log(min(max(at, KNOTS[0]), KNOTS[-1]))
-        share = float(np.interp(place, np.log(KNOTS), shares))
         tried = sorted(by)
-        out.append(float(np.interp(share, tried, [by[x] for x in tried])) - min(by.values()))
+        held = float(np.interp(share(at), tried, [by[x] for x in tried]))
+        out.append(held - min(by.values()))
     return np.array(out)
 
 
@@ -349,6 +370,32 @@ def _within(found: Curves, moved: Shares, path: Shares) -> bool:
     return bool(each.mean() <= error)
 
 
+def whole_reach(row: Mapping[str, Any]) -> float:
+    """n · μ of the whole budget of a run."""
+    return float(row["rows"]) * budget(row["epsilon"], DELTA, (), 1)
+
+
+def reached(found: Curves) -> tuple[dict[str, Any], dict[str, float]]:
+    """The reach, and the least share, of least mean regret over tables; the most stays."""
+    most = SPENT
+
+    def mean(reach: float, least: float) -> float:
+        def share(whole: float) -> float:
+            return min(max((reach / whole) ** 2, least), most)
+
+        return float(by_table(found, regrets_of(found, share)).mean())
+
+    reach, least = min(itertools.product(REACH, LEAST), key=lambda pair: mean(*pair))
+    facts = {
+        "tables": len({named(name) for name, _ in found}),
+        "comparisons": len(found),
+        "present": mean(REACH[0], most),
+        "chosen": mean(reach, least),
+    }
+    values = {"trained": (least, most), "reach": reach}
+    return values, {name: round(float(value), 4) for name, value in facts.items()}
+
+
 def nearest(row: Mapping[str, Any], bins: Shares) -> Mapping[str, Any] | None:
     """The run as if its bins were the usual ones, if of those that were tried they are nearest to
     what the knots say: shares are compared at the bins that they will be used with."""
@@ -362,7 +409,7 @@ def nearest(row: Mapping[str, Any], bins: Shares) -> Mapping[str, Any] | None:
 def fit() -> None:
     """Write planner.json from the runs."""
     later = json.loads(TRAINED.read_text())["runs"]
-    trained, second = chosen(curves(later, "trained", "rest"), GRID["trained"], SPENT)
+    trained, second = reached(curves(later, "trained", "rest", whole_reach))
     apart = json.loads(CODECS.read_text())["runs"]
     bins, third = chosen(curves(apart, "codec", "bins"), GRID["bins"], CODEC["bins"])
     small = json.loads(SMALL.read_text())["runs"]
@@ -376,14 +423,14 @@ def fit() -> None:
         "codec": codec,
         "marginals": marginals,
         **USUAL,
-        "trained": trained,
         "bins": bins,
+        **trained,
     }
     facts = {
         "command": "python scripts/fit_planner.py run --data FOLDER; python scripts/fit_planner.py "
         "fit",
         "tables": sorted({named(row["table"]) for row in [*apart, *small, *later]}),
-        "seeds": [0],
+        "seeds": sorted({row.get("seed", 0) for row in later}),
         "versions": versions(),
         "runs": len(apart) + len(small) + len(later),
         "regret": {"codec": first, "trained": second, "bins": third, "marginals": fourth},

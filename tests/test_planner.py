@@ -71,21 +71,40 @@ def test_shares_leave_dp_sgd_enough_everywhere() -> None:
 def test_shares_follow_the_signal_alone_and_the_knots_exactly() -> None:
     fitted = values()
     for number, knot in enumerate(fitted.knots):
-        shares = fitted.shares(knot)
+        shares = fitted.shares(knot, 1e3)
         assert shares["codec"] == pytest.approx(fitted.codec[number], abs=1e-4)
         assert shares["marginals"] == pytest.approx(fitted.marginals[number], abs=1e-4)
-        rest = 1 - sum(shares[name] for name in ("codec", "marginals", "tables"))
-        assert rest == pytest.approx(fitted.trained[number], abs=2e-4)
     for layout, epsilon, rows in GRID:
         found = signal(layout, mu_of(epsilon), rows, apart=True)
-        assert shares_of(layout, mu_of(epsilon), rows) == fitted.shares(found)
+        whole = mu_of(epsilon) * rows
+        assert shares_of(layout, mu_of(epsilon), rows) == fitted.shares(found, whole)
+
+
+def trained(shares: dict[str, float]) -> float:
+    """What is left for DP-SGD where the number of rows is declared."""
+    return 1 - sum(share for name, share in shares.items() if name != "rows")
+
+
+def test_dp_sgd_reaches_as_far_as_it_should_within_its_least_and_most_share() -> None:
+    fitted = replace(values(), trained=(0.02, 0.2), reach=1000.0)
+    for whole in (2500.0, 4000.0, 7000.0):
+        for at in (1e-3, 0.7, 40.0):
+            reached = whole * math.sqrt(trained(fitted.shares(at, whole)))
+            assert reached == pytest.approx(1000, rel=0.005)
+    for whole, share in ((1e-3, 0.2), (2000.0, 0.2), (8000.0, 0.02), (math.inf, 0.02)):
+        assert trained(fitted.shares(1.0, whole)) == pytest.approx(share)
 
 
 def test_interpolation_is_a_straight_line_in_the_logarithm() -> None:
-    fitted = Values((1.0, 100.0), (0.1, 0.3), (0.1, 0.1), (0.4, 0.2), (9, 20), 0.1, 9, 99)
-    assert fitted.shares(10.0) == {"rows": 0.01, "codec": 0.2, "marginals": 0.1, "tables": 0.4}
-    assert fitted.shares(1e-9) == fitted.shares(1.0) and fitted.shares(math.inf)["codec"] == 0.3
-    steps = [fitted.shares(at)["codec"] for at in np.geomspace(0.1, 1e4, 50)]
+    fitted = Values(
+        knots=(1.0, 100.0), codec=(0.1, 0.3), marginals=(0.1, 0.1), bins=(9, 20),
+        trained=(0.3, 0.3), reach=1.0, faint=0.1, wide=9, widest=99,
+    )  # fmt: skip
+    shares = {"rows": 0.01, "codec": 0.2, "marginals": 0.1, "tables": 0.4}
+    assert fitted.shares(10.0, 5.0) == shares
+    assert fitted.shares(1e-9, 5.0) == fitted.shares(1.0, 5.0)
+    assert fitted.shares(math.inf, 5.0)["codec"] == 0.3
+    steps = [fitted.shares(at, 5.0)["codec"] for at in np.geomspace(0.1, 1e4, 50)]
     assert steps == sorted(steps)
 
 
@@ -93,8 +112,8 @@ def test_shares_move_one_way_with_the_budget() -> None:
     """Of codec, label tables and DP-SGD; what the chosen tables get is the difference."""
     for layout, rows in itertools.product(LAYOUTS.values(), ROWS):
         found = [shares_of(layout, mu_of(epsilon), rows) for epsilon in EPSILONS]
-        trained = [1 - sum(list(shares.values())[1:]) for shares in found]
-        for each in ([s["codec"] for s in found], [s["marginals"] for s in found], trained):
+        parts = ([s["codec"] for s in found], [s["marginals"] for s in found])
+        for each in (*parts, [trained(shares) for shares in found]):
             steps = np.diff(each)
             assert (steps <= 2e-4).all() or (steps >= -2e-4).all()
     usual = values()
@@ -143,6 +162,10 @@ def test_more_tables_are_chosen_where_the_signal_is_larger() -> None:
         {"codec": (0.1,)},
         {"marginals": (0.1, 1.0)},
         {"trained": (0.5, 0.85)},
+        {"trained": (0.3, 0.2)},
+        {"trained": (0.0, 0.2)},
+        {"reach": 0.0},
+        {"reach": math.inf},
         {"bins": (20,)},
         {"bins": (1, 20)},
         {"bins": (20, CODEC["bins"] + 1)},
@@ -151,7 +174,8 @@ def test_more_tables_are_chosen_where_the_signal_is_larger() -> None:
 )
 def test_values_that_no_plan_could_take_are_refused(changes: dict[str, Any]) -> None:
     usual = {"knots": (1.0, 2.0), "codec": (0.1, 0.1), "marginals": (0.05, 0.05)}
-    usual |= {"bins": (8, 20), "trained": (0.3, 0.3), "faint": 0.1, "wide": 10, "widest": 20}
+    usual |= {"bins": (8, 20), "trained": (0.3, 0.3), "reach": 9.0}
+    usual |= {"faint": 0.1, "wide": 10, "widest": 20}
     Values(**usual)
     with pytest.raises(UsageError, match="planner"):
         Values(**{**usual, **changes})

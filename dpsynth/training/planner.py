@@ -6,10 +6,15 @@ on average over the noise that it would get if the whole budget went on all cand
     signal = μ · n / (√candidates · mean number of cells a candidate),
 
 with μ the whole Gaussian budget of (ε, δ), n the public number of rows, and the candidates of
-`dpsynth.chosen`. Shares of μ², and the number of bins, are interpolated in log(signal) between the
-knots of `planner.json`, level outside of them; shares at the signal that candidates have apart for
-each level of the target, since those of many levels have thin tables of label × column, whatever is
-asked next. `scripts/fit_planner.py` fits the knots on simulated and public tables;
+`dpsynth.chosen`. Shares of μ² for what is measured, and the number of bins, are interpolated in
+log(signal) between the knots of `planner.json`, level outside of them; shares at the signal that
+candidates have apart for each level of the target, since those of many levels have thin tables of
+label × column, whatever is asked next.
+
+Of DP-SGD it is the *reach* n · μ · √share that counts: the noise of a mean gradient is clip/reach,
+whatever the columns. Beyond some reach it learns no more, and the rest is worth more to tables.
+
+`scripts/fit_planner.py` fits all of it on simulated and public tables;
 experiments/planner/README.md has the evidence.
 """
 
@@ -66,8 +71,9 @@ class Values:
         knots: Signals, ascending.
         codec: Share of the codec at each knot.
         marginals: Share of the label × column tables at each knot.
-        trained: What DP-SGD is left at each knot; the chosen tables get the rest.
         bins: Bins of a number at each knot, at most as many as there are slots.
+        trained: Least and most share of DP-SGD; the chosen tables get the rest.
+        reach: What n · μ · √share of DP-SGD should come to.
         faint: Signal below which DP-SGD does not pay.
         wide: Most levels W of a model with W × W weights.
         widest: Most levels W for which tables are chosen.
@@ -76,8 +82,9 @@ class Values:
     knots: tuple[float, ...]
     codec: tuple[float, ...]
     marginals: tuple[float, ...]
-    trained: tuple[float, ...]
     bins: tuple[int, ...]
+    trained: tuple[float, float]
+    reach: float
     faint: float
     wide: int
     widest: int
@@ -85,7 +92,7 @@ class Values:
     def __post_init__(self) -> None:
         if any(b <= a for a, b in zip((0.0, *self.knots), self.knots, strict=False)):
             raise UsageError(f"planner: knots={self.knots} must be positive and ascend")
-        for name in ("codec", "marginals", "trained"):
+        for name in ("codec", "marginals"):
             shares = getattr(self, name)
             if len(shares) != len(self.knots) or not all(0 < share < 1 for share in shares):
                 raise UsageError(f"planner: {name}={shares} must be a share between 0 and 1 a knot")
@@ -95,8 +102,14 @@ class Values:
             raise UsageError(
                 f"planner: bins={self.bins} must be between 2 and {CODEC['bins']} a knot"
             )
-        parts = zip(self.codec, self.marginals, self.trained, strict=True)
-        if any(sum(part) >= 1 - SHARES["rows"] for part in parts):
+        least, most = self.trained
+        if not 0 < least <= most < 1 or not 0 < self.reach < math.inf:
+            raise UsageError(
+                f"planner: trained={self.trained}, reach={self.reach} must be shares that ascend "
+                "and a positive number"
+            )
+        parts = zip(self.codec, self.marginals, strict=True)
+        if any(sum(part) + most >= 1 - SHARES["rows"] for part in parts):
             raise UsageError("planner: shares of a knot leave nothing for the chosen tables")
 
     def at(self, signal: float, values: tuple[float, ...]) -> float:
@@ -104,11 +117,12 @@ class Values:
         place = math.log(min(max(signal, self.knots[0]), self.knots[-1]))
         return float(np.interp(place, np.log(self.knots), values))
 
-    def shares(self, at: float) -> dict[str, float]:
-        """Shares of the measuring stages at a signal; what they leave is DP-SGD's."""
-        codec, marginals, trained = (
-            self.at(at, values) for values in (self.codec, self.marginals, self.trained)
-        )
+    def shares(self, at: float, whole: float) -> dict[str, float]:
+        """Shares of the measuring stages at a signal, and at a reach n · μ of the whole budget;
+        what they leave is DP-SGD's."""
+        codec, marginals = (self.at(at, values) for values in (self.codec, self.marginals))
+        least, most = self.trained
+        trained = min(max((self.reach / whole) ** 2, least), most)
         found = {"rows": SHARES["rows"], "codec": codec, "marginals": marginals}
         tables = 1 - codec - marginals - trained
         return {name: round(share, 4) for name, share in {**found, "tables": tables}.items()}
@@ -170,7 +184,7 @@ def shares_of(layout: Layout, mu: float, rows: int) -> dict[str, float]:
         mu: The whole Gaussian budget μ of one row; inf without privacy.
         rows: Public number of rows.
     """
-    return values().shares(signal(layout, mu, rows, apart=True))
+    return values().shares(signal(layout, mu, rows, apart=True), mu * rows)
 
 
 def bins_for(layout: Layout, mu: float, rows: int) -> int:
