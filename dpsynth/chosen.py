@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -96,6 +97,10 @@ def candidates(layout: Layout) -> list[_Columns]:
 def choose_tables(survey: Survey, choice: Choice, *, device: str = "cpu") -> Mixture:
     """Ask for the tables that are worth most, and fit a mixture to them and the ones before.
 
+    What was asked in one round may be asked again in a later one: where two columns all but decide
+    each other, noise blurs what the model makes of their table, and it stays the worst there is.
+    But nothing is mended by it beyond what the noise of its answers so far may have done.
+
     Args:
         survey: Answers from its whole purse.
         choice: How many and how.
@@ -103,28 +108,27 @@ def choose_tables(survey: Survey, choice: Choice, *, device: str = "cpu") -> Mix
     """
     layout, marginals = survey.layout, survey.marginals
     held: list[NoisyTable] = list(marginals.tables)
-    left = candidates(layout)
-    tables = min(choice.tables, len(left))
+    apart = candidates(layout)
+    tables = min(choice.tables, len(apart))
     rounds = min(choice.rounds, tables)
     if not tables:
         return fit_mixture(held, marginals, layout, survey.used, choice.effort, device=device)
-    model, joined = Mixture.naive_bayes(marginals, layout), _joined(left, choice, layout)
-    coarse = survey.coarse(left, survey.purse.left * _COARSE) if tables < len(left) else None
+    model = Mixture.naive_bayes(marginals, layout)
+    coarse = survey.coarse(apart, survey.purse.left * _COARSE) if tables < len(apart) else None
+    options = apart + (_joined(apart, layout) if choice.joined else [])
     for turn in range(rounds):
         share = survey.purse.left / (rounds - turn)
         wanted = _turn(tables, rounds, turn)
-        options = left + [joined[columns] for columns in left if columns in joined]
         expected = {columns: marginals.rows * model.table(columns, layout) for columns in options}
         taken = options
         if wanted < len(options):
             scores = survey.distances(expected, share * _SCORES)
             share *= 1 - _SCORES
             sigma = survey.purse.sigma(share / wanted)
-            taken = _worst(expected, scores, sigma, layout)[:wanted]
+            mended = _by_asking(expected, scores, held)
+            taken = _worst(expected, mended, sigma, layout)[:wanted]
         shares = _shares([expected[columns] for columns in taken], survey, share)
         held += survey.tables(taken, shares)
-        left = [columns for columns in left if columns not in taken]
-        joined = {apart: one for apart, one in joined.items() if one not in taken}
         last = turn == rounds - 1
         effort = choice.effort if last else _BETWEEN.within(choice.effort.components)
         facts = held, marginals, layout, survey.used, effort
@@ -132,16 +136,30 @@ def choose_tables(survey: Survey, choice: Choice, *, device: str = "cpu") -> Mix
     return model
 
 
-def _joined(asked: Sequence[_Columns], choice: Choice, layout: Layout) -> dict[_Columns, _Columns]:
-    """Of tables of three columns, those that do not tell labels apart: half of the cells or less,
-    with all the rows in them."""
-    if not choice.joined:
-        return {}
-    return {
-        columns: tuple(column for column in columns if column != layout.target)
-        for columns in asked
-        if len(columns) == 3
-    }
+def _joined(asked: Sequence[_Columns], layout: Layout) -> list[_Columns]:
+    """Tables of three columns without the label: half of the cells or less, with all the rows in
+    them."""
+    three = [columns for columns in asked if len(columns) == 3]
+    return [tuple(column for column in columns if column != layout.target) for columns in three]
+
+
+def _by_asking(
+    expected: Mapping[_Columns, np.ndarray], scores: Sequence[float], held: Sequence[NoisyTable]
+) -> list[float]:
+    """Noisy distances, at most what chance and the noise of all answers so far explain."""
+    exact: dict[_Columns, float] = defaultdict(float)
+    for table in held:
+        # Distances are of whole rows: no answer counts as more exact.
+        exact[table.columns] += 1 / max(table.sigma, 1.0) ** 2
+    return [
+        min(
+            score,
+            _by_chance(expected[columns]) + _blurred(expected[columns], exact[columns] ** -0.5),
+        )
+        if columns in exact
+        else score
+        for columns, score in zip(expected, scores, strict=True)
+    ]
 
 
 def _worst(
