@@ -97,9 +97,10 @@ def candidates(layout: Layout) -> list[_Columns]:
 def choose_tables(survey: Survey, choice: Choice, *, device: str = "cpu") -> Mixture:
     """Ask for the tables that are worth most, and fit a mixture to them and the ones before.
 
-    What was asked in one round may be asked again in a later one: where two columns all but decide
-    each other, noise blurs what the model makes of their table, and it stays the worst there is.
-    But nothing is mended by it beyond what the noise of its answers so far may have done.
+    Where labels are not told apart, what was asked in one round may be asked again in a later one:
+    where two columns all but decide each other, noise blurs what the model makes of their table,
+    and it stays the worst there is. But nothing is mended by it beyond what the noise of its
+    answers so far may have done. Elsewhere it would take from what tells labels apart.
 
     Args:
         survey: Answers from its whole purse.
@@ -108,17 +109,17 @@ def choose_tables(survey: Survey, choice: Choice, *, device: str = "cpu") -> Mix
     """
     layout, marginals = survey.layout, survey.marginals
     held: list[NoisyTable] = list(marginals.tables)
-    apart = candidates(layout)
-    tables = min(choice.tables, len(apart))
+    left, again = candidates(layout), not anchored(layout)
+    tables = min(choice.tables, len(left))
     rounds = min(choice.rounds, tables)
     if not tables:
         return fit_mixture(held, marginals, layout, survey.used, choice.effort, device=device)
-    model = Mixture.naive_bayes(marginals, layout)
-    coarse = survey.coarse(apart, survey.purse.left * _COARSE) if tables < len(apart) else None
-    options = apart + (_joined(apart, layout) if choice.joined else [])
+    model, joined = Mixture.naive_bayes(marginals, layout), _joined(left, choice, layout)
+    coarse = survey.coarse(left, survey.purse.left * _COARSE) if tables < len(left) else None
     for turn in range(rounds):
         share = survey.purse.left / (rounds - turn)
         wanted = _turn(tables, rounds, turn)
+        options = left + [joined[columns] for columns in left if columns in joined]
         expected = {columns: marginals.rows * model.table(columns, layout) for columns in options}
         taken = options
         if wanted < len(options):
@@ -129,6 +130,9 @@ def choose_tables(survey: Survey, choice: Choice, *, device: str = "cpu") -> Mix
             taken = _worst(expected, mended, sigma, layout)[:wanted]
         shares = _shares([expected[columns] for columns in taken], survey, share)
         held += survey.tables(taken, shares)
+        if not again:
+            left = [columns for columns in left if columns not in taken]
+            joined = {apart: one for apart, one in joined.items() if one not in taken}
         last = turn == rounds - 1
         effort = choice.effort if last else _BETWEEN.within(choice.effort.components)
         facts = held, marginals, layout, survey.used, effort
@@ -136,11 +140,16 @@ def choose_tables(survey: Survey, choice: Choice, *, device: str = "cpu") -> Mix
     return model
 
 
-def _joined(asked: Sequence[_Columns], layout: Layout) -> list[_Columns]:
-    """Tables of three columns without the label: half of the cells or less, with all the rows in
-    them."""
-    three = [columns for columns in asked if len(columns) == 3]
-    return [tuple(column for column in columns if column != layout.target) for columns in three]
+def _joined(asked: Sequence[_Columns], choice: Choice, layout: Layout) -> dict[_Columns, _Columns]:
+    """Of tables of three columns, those that do not tell labels apart: half of the cells or less,
+    with all the rows in them."""
+    if not choice.joined:
+        return {}
+    return {
+        columns: tuple(column for column in columns if column != layout.target)
+        for columns in asked
+        if len(columns) == 3
+    }
 
 
 def _by_asking(
