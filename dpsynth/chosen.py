@@ -158,8 +158,7 @@ def _by_asking(
     """Noisy distances, at most what chance and the noise of all answers so far explain."""
     exact: dict[_Columns, float] = defaultdict(float)
     for table in held:
-        # Distances are of whole rows: no answer counts as more exact.
-        exact[table.columns] += 1 / max(table.sigma, 1.0) ** 2
+        exact[table.columns] += 1 / max(table.sigma, 1e-9) ** 2
     return [
         min(
             score,
