@@ -91,7 +91,7 @@ def test_dp_sgd_reaches_as_far_as_it_should_within_its_least_and_most_share() ->
         for at in (1e-3, 0.7, 40.0):
             reached = whole * math.sqrt(trained(fitted.shares(at, whole)))
             assert reached == pytest.approx(1000, rel=0.005)
-    for whole, share in ((1e-3, 0.2), (2000.0, 0.2), (8000.0, 0.02), (math.inf, 0.02)):
+    for whole, share in ((0.0, 0.2), (1e-3, 0.2), (2000.0, 0.2), (8000.0, 0.02), (math.inf, 0.02)):
         assert trained(fitted.shares(1.0, whole)) == pytest.approx(share)
 
 

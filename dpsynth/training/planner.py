@@ -122,7 +122,7 @@ class Values:
         what they leave is DP-SGD's."""
         codec, marginals = (self.at(at, values) for values in (self.codec, self.marginals))
         least, most = self.trained
-        trained = min(max((self.reach / whole) ** 2, least), most)
+        trained = min(max((self.reach / max(whole, self.reach)) ** 2, least), most)
         found = {"rows": SHARES["rows"], "codec": codec, "marginals": marginals}
         tables = 1 - codec - marginals - trained
         return {name: round(share, 4) for name, share in {**found, "tables": tables}.items()}
