@@ -41,7 +41,7 @@ from dpsynth.evaluation.utility import utility
 from dpsynth.randomness import FleetRng, derive, stream
 from dpsynth.schema import Schema
 from dpsynth.training.fleet import train_fleet
-from dpsynth.training.planner import CODEC, budget, signal
+from dpsynth.training.planner import CODEC, budget, reaching, signal
 from dpsynth.training.recipe import Recipe, Seat
 
 HERE = Path(__file__).resolve().parent.parent
@@ -380,10 +380,8 @@ def reached(found: Curves) -> tuple[dict[str, Any], dict[str, float]]:
     most = SPENT
 
     def mean(reach: float, least: float) -> float:
-        def share(whole: float) -> float:
-            return min(max((reach / whole) ** 2, least), most)
-
-        return float(by_table(found, regrets_of(found, share)).mean())
+        regret = regrets_of(found, lambda whole: reaching(reach, whole, least, most))
+        return float(by_table(found, regret).mean())
 
     reach, least = min(itertools.product(REACH, LEAST), key=lambda pair: mean(*pair))
     facts = {

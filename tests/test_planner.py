@@ -68,7 +68,7 @@ def test_shares_leave_dp_sgd_enough_everywhere() -> None:
         assert shares == shares_of(layout, mu_of(epsilon), rows)
 
 
-def test_shares_follow_the_signal_alone_and_the_knots_exactly() -> None:
+def test_shares_follow_signal_and_reach_alone_and_the_knots_exactly() -> None:
     fitted = values()
     for number, knot in enumerate(fitted.knots):
         shares = fitted.shares(knot, 1e3)

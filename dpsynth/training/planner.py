@@ -47,6 +47,7 @@ __all__ = [
     "bins_for",
     "budget",
     "family_of",
+    "reaching",
     "shares_of",
     "signal",
     "slots",
@@ -121,11 +122,22 @@ class Values:
         """Shares of the measuring stages at a signal, and at a reach n · μ of the whole budget;
         what they leave is DP-SGD's."""
         codec, marginals = (self.at(at, values) for values in (self.codec, self.marginals))
-        least, most = self.trained
-        trained = min(max((self.reach / max(whole, self.reach)) ** 2, least), most)
+        trained = reaching(self.reach, whole, *self.trained)
         found = {"rows": SHARES["rows"], "codec": codec, "marginals": marginals}
         tables = 1 - codec - marginals - trained
         return {name: round(share, 4) for name, share in {**found, "tables": tables}.items()}
+
+
+def reaching(reach: float, whole: float, least: float, most: float) -> float:
+    """Share of μ² with which DP-SGD has a reach, within its least and most.
+
+    Args:
+        reach: n · μ · √share that is wanted.
+        whole: n · μ of the whole budget.
+        least: Least share.
+        most: Most.
+    """
+    return min(max((reach / max(whole, reach)) ** 2, least), most)
 
 
 @functools.lru_cache(maxsize=1)
