@@ -12,6 +12,7 @@ import torch
 from fleets import Start, make_fleet, random_codes, random_marginals
 from oracles import record_gradients, total_variation
 from scipy import stats
+from scipy.special import rel_entr
 from tiny import seat
 from torch import Tensor
 
@@ -490,8 +491,12 @@ def test_draws_of_a_part_have_one_place_each() -> None:
 # The target drawn anew
 
 
+led = pytest.mark.parametrize("led", [False, True])
+
+
+@led
 @pytest.mark.parametrize("groups", [2, 3, 7])
-def test_without_noise_the_additive_model_is_bayes_rule(groups: int) -> None:
+def test_without_noise_the_additive_model_is_bayes_rule(groups: int, led: bool) -> None:
     """Columns that are independent given the target make its log-odds additive."""
     made = np.random.default_rng(groups)
     prior = 0.7 * made.dirichlet(np.ones(groups)) + 0.3 / groups
@@ -502,51 +507,67 @@ def test_without_noise_the_additive_model_is_bayes_rule(groups: int) -> None:
         for law in laws
     ]
     tables = [torch.from_numpy(prior[:, None] * law) for law in laws]
-    logits = additive_logits(codes, tables, torch.from_numpy(prior).log(), 0.0)
+    known = codes, tables, torch.from_numpy(prior).log()
+    logits = additive_logits(*known, 0.0, led=led)
     joint = np.log(prior) + sum(
         np.log(law.T[code.numpy()]) for law, code in zip(laws, codes, strict=True)
     )
     bayes = np.exp(joint) / np.exp(joint).sum(1, keepdims=True)
     assert np.abs(logits.softmax(-1).numpy() - bayes).mean() < 0.02
     spreads = [
-        float(additive_logits(codes, tables, torch.from_numpy(prior).log(), noise).std(0).mean())
-        for noise in (0.0, 0.1, 0.4)
+        float(additive_logits(*known, noise, led=led).std(0).mean()) for noise in (0.0, 0.1, 0.4)
     ]
     assert spreads[0] > 1.05 * spreads[1] > 1.1 * spreads[2] > 0
-    flat = additive_logits(codes, tables, torch.from_numpy(prior).log(), 1e3)
+    flat = additive_logits(*known, 1e3, led=led)
     expected = torch.from_numpy(prior).expand(len(group), -1)
     torch.testing.assert_close(flat.softmax(-1), expected, rtol=0, atol=1e-3)
+
+
+def divergence(law: np.ndarray, columns: int, *, led: bool = False, copied: float = 0.0) -> float:
+    """Of additive scores from P(target | first column) = `law`, in nats; other columns copy the
+    first with this chance and tell nothing beyond it. Tables are noisy."""
+    made, (levels, groups) = np.random.default_rng(len(law)), law.shape
+    first = made.integers(0, levels, 20_000)
+    codes, tables, noise = [first], [law.T / levels], 0.02 / groups
+    copy = copied * np.eye(levels) + (1 - copied) / levels
+    for _ in range(columns - 1):
+        same = made.random(len(first)) < copied
+        codes.append(np.where(same, first, made.integers(0, levels, len(first))))
+        tables.append(tables[0] @ copy)
+    noisy = [
+        torch.from_numpy(t + noise * made.standard_normal(t.shape)).clamp_min(0) for t in tables
+    ]
+    prior = torch.full((groups,), 1 / groups, dtype=torch.float64).log()
+    known = [torch.from_numpy(column) for column in codes], noisy, prior, noise
+    found, truth = additive_logits(*known, led=led).softmax(-1), law[first]
+    return float(rel_entr(truth, found.numpy()).sum(1).mean())
 
 
 @pytest.mark.parametrize("groups", [3, 9])
 def test_columns_that_tell_nothing_add_little_noise(groups: int) -> None:
     """One column decides most of the target, twenty tell nothing: with their noisy tables, too, the
     scores are about as good as with the first alone."""
-    made = np.random.default_rng(groups)
     law = 0.9 * np.eye(groups) + 0.1 / groups
-    group = made.choice(groups, 20_000)
-    first = (made.random((len(group), 1)) > law[group].cumsum(1)).sum(1)
-    others = [made.integers(0, 6, len(group)) for _ in range(20)]
-    noise = 0.02 / groups
-    exact = [law / groups, *[np.full((groups, 6), 1 / groups / 6)] * 20]
-    tables = [
-        torch.from_numpy(t + noise * made.standard_normal(t.shape)).clamp_min(0) for t in exact
-    ]
-    prior = torch.full((groups,), 1 / groups, dtype=torch.float64).log()
-    codes = [torch.from_numpy(column) for column in (first, *others)]
-    truth = np.log(law.T[first])
-    far = []
-    for number in (1, 21):
-        found = additive_logits(codes[:number], tables[:number], prior, noise).log_softmax(-1)
-        far.append(float((np.exp(truth) * (truth - found.numpy())).sum(1).mean()))
-    assert far[1] < far[0] + 0.01
+    assert divergence(law, 21) < divergence(law, 1) + 0.01
 
 
-def test_a_target_level_that_cannot_occur_stays_out() -> None:
+def test_a_column_that_decides_the_target_leads() -> None:
+    """Each of its levels leaves two of twelve to choose from; what else tells of the target tells
+    of this column alone, and by its own contingency would add much."""
+    steps = np.arange(24)
+    law = np.zeros((24, 12))
+    law[steps, steps // 2], law[steps, (steps // 2 + 1) % 12] = 0.8, 0.2
+    alone, among = (divergence(law, columns, led=True, copied=0.7) for columns in (1, 9))
+    assert among < 1.5 * alone
+    assert among < 0.5 * divergence(law, 9, copied=0.7)
+
+
+@led
+def test_a_target_level_that_cannot_occur_stays_out(led: bool) -> None:
     prior = doubles([math.log(0.4), -1e4, math.log(0.6)])
     codes = [torch.arange(300) % 3]
     table = doubles([[0.3, 0.05, 0.05], [0.0, 0.0, 0.0], [0.0, 0.3, 0.3]])
-    logits = additive_logits(codes, [table], prior, 0.001)
+    logits = additive_logits(codes, [table], prior, 0.001, led=led)
     assert (logits[:, 1] < -9e3).all()
     assert logits.isfinite().all()
 

@@ -132,6 +132,25 @@ def test_what_tables_explain_alone_is_half_theirs() -> None:
     assert head._explained(wise, even - 1) == head._explained(even - 2, even - 1) == 1.0
 
 
+def test_tables_count_for_more_where_components_do_not_know_the_target() -> None:
+    """Of a target of many levels four parts of five, though they are surer of it than the
+    generator's rows; nothing where they explain nothing."""
+    rng, found = np.random.default_rng(7), []
+    for levels in (8, 9):
+        layout = Layout((levels, levels), target=1)
+        codes = np.arange(2000) % levels
+        label = np.where(rng.random(2000) < 0.5, codes, rng.integers(0, levels, 2000))
+        rows = torch.from_numpy(np.stack([codes, label], 1))
+        head = LabelHead(rows, torch.arange(2 * levels).float(), layout)
+        known = torch.nn.functional.one_hot(head._held[:, 0], levels).double()
+        boosted = (0.5 * known + 0.5 / levels).log()
+        sure = (0.99 * known + 0.01 / levels).log()
+        models = sure, boosted, torch.zeros_like(sure).log_softmax(-1)
+        found.append([head._share(additive, boosted) for additive in models])
+    assert found[0][0] == 0.0 and found[0][1:] == pytest.approx([0.5, 0.0], abs=0.02)
+    assert found[1] == pytest.approx([0.8, 0.8, 0.0], abs=0.02)
+
+
 def test_a_level_that_never_came_up_stays_unlikely_and_alone_it_is_certain_to_the_tables() -> None:
     drawn, _ = truth(2000, 2)
     rank = torch.cat([torch.arange(n) for n in LAYOUT.levels]).float()

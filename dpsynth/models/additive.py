@@ -11,8 +11,8 @@ from torch import Tensor
 __all__ = ["additive_logits"]
 
 # Variance of a level's contribution, in squared logits, before the tables are seen: the most, and
-# the least part of that.
-_PRIOR, _LEAST = 8.0, 1e-3
+# the least part of that; and of the leading column's, whose table is where scores start.
+_PRIOR, _LEAST, _LEAD = 8.0, 1e-3, 0.25
 _SWEEPS, _DAMPING = 15, 0.8
 
 
@@ -21,6 +21,8 @@ def additive_logits(
     tables: Sequence[Float[Tensor, "groups levels"]],
     prior_logits: Float[Tensor, " groups"],
     noise: float,
+    *,
+    led: bool = False,
 ) -> Float[Tensor, "rows groups"]:
     """Scores of each target level for synthetic rows: an intercept and one contribution a level.
 
@@ -32,11 +34,16 @@ def additive_logits(
     alone would show is taken off: a column that tells nothing then adds nothing. Diagonal Newton
     steps, column by column.
 
+    Where one column all but decides the target, its table is nearly all there is to know, and
+    contributions of moderate size cannot say it: scores then start at that table, unless more of it
+    is noise than signal, and φ² of the others is what theirs show beyond these scores.
+
     Args:
         codes: Levels of each column but the target, of which there is at least one.
         tables: Shares of all rows by target level and level, one table a column.
         prior_logits: Log of the target's shares; a level at -1e4 stays impossible.
         noise: Standard deviation of the noise in a cell, as a share of all rows.
+        led: Whether scores start at the table of the column with the largest contingency.
 
     Returns:
         Unnormalised logits.
@@ -44,6 +51,12 @@ def additive_logits(
     groups, prior = len(prior_logits), prior_logits.softmax(-1)
     logits = prior_logits.expand(len(codes[0]), groups).clone()
     parts = [_Column(code, table, prior, noise) for code, table in zip(codes, tables, strict=True)]
+    lead = max(parts, key=lambda part: part.contingency)
+    if led and lead.contingency > lead.dust:
+        logits = torch.where(prior > 0, lead.shares.log(), prior_logits)[lead.code]
+        share = logits.softmax(-1)
+        for part in parts:
+            part.prior = _LEAD if part is lead else _held_back(part.beyond(share))
     for _ in range(_SWEEPS):
         for part in parts:
             logits += part.step(logits.softmax(-1))[part.code]
@@ -61,16 +74,26 @@ class _Column:
         self.count = torch.bincount(code, minlength=levels).to(table)[:, None]
         mass = table.sum(0)[:, None] * rows
         # A level that the tables know nothing of has the shares of the whole.
-        self.wanted = self.count * (table.T * rows + prior) / (mass + 1)
+        known = table.T * rows + prior
+        self.shares = known / (mass + 1)
+        self.wanted = self.count * known / (mass + 1)
         # A count is rounded by drawing, if by nothing else.
         self.variance = (noise * rows * self.count / (mass + 1)).square() + 1
         self.held = table.new_zeros(levels, groups)
-        self.prior = _PRIOR * (_contingency(table, prior, noise) if groups > 2 else 1.0)
+        expected = prior[:, None] * table.sum(0)
+        self.contingency = _contingency(table, expected, noise)
+        self.dust = -_contingency(expected, expected, noise)  # what noise alone adds to it
+        self.prior = _held_back(self.contingency) if groups > 2 else _PRIOR
         # Two scores that move together by half of Newton's step each.
         self.together = groups / max(groups - 1, 1)
 
     def _sum(self, values: Tensor) -> Tensor:
         return torch.zeros_like(self.held).index_add_(0, self.code, values)
+
+    def beyond(self, share: Tensor) -> float:
+        """Contingency that is left where rows have these shares."""
+        rows, noise = len(self.code), self.variance.sqrt()
+        return _contingency(self.wanted / rows, self._sum(share) / rows, noise / rows)
 
     def step(self, share: Tensor) -> Tensor:
         """Change of the contributions (levels, groups) where rows have these shares."""
@@ -82,10 +105,13 @@ class _Column:
         return change
 
 
-def _contingency(table: Tensor, prior: Tensor, noise: float) -> float:
-    """φ² = Σ (share - expected)²/expected, where expected has the target's shares at each level,
-    less what noise adds to it; from `_LEAST` to 1. Cells that noise hides count for less."""
-    expected = prior[:, None] * table.sum(0)
+def _held_back(contingency: float) -> float:
+    """Variance of a column's contributions."""
+    return _PRIOR * min(max(contingency, _LEAST), 1.0)
+
+
+def _contingency(table: Tensor, expected: Tensor, noise: Tensor | float) -> float:
+    """φ² = Σ (share - expected)²/expected, less what noise of this standard deviation adds to it.
+    Cells that noise hides count for less."""
     gap = (table - expected).square() - noise**2
-    found = gap / (expected + noise).clamp_min(1e-12)
-    return min(max(float(found.sum()), _LEAST), 1.0)
+    return float((gap / (expected + noise).clamp_min(1e-12)).sum())

@@ -16,6 +16,7 @@ from sklearn.tree import DecisionTreeRegressor
 from torch import Tensor
 
 from dpsynth.codec import Layout
+from dpsynth.mixture import anchored
 from dpsynth.models.additive import additive_logits
 
 __all__ = ["LabelHead", "balanced"]
@@ -29,6 +30,11 @@ _LEAVES, _MORE = (31, 63, 127), 1.25
 _TRIED = 0.5
 # Part of the generator's rows that the two models are compared on.
 _HELD = 0.2
+# What the additive scores count for at most, where components know the target's levels, and where
+# they know it as any other column: there rows of the generator hold more of its noise.
+_HALF, _LED = 0.5, 0.8
+# Scores times these are compared, where the surest need not be the best.
+_SOFTER = (0.25, 0.5, 1.0)
 # Golden section: of all irrational steps the one whose multiples are spread most evenly.
 _GOLDEN = (5**0.5 - 1) / 2
 
@@ -39,7 +45,9 @@ class LabelHead:
     One is additive and fitted to the noisy label × column tables themselves (`additive_logits`);
     the other, boosted trees fitted to rows that the generator drew, knows what the generator knows
     of interactions but not the noise that single rows of it carry. Each counts a half, the additive
-    one less by the share of what the trees explain of such rows' labels that it does not.
+    one less by the share of what the trees explain of such rows' labels that it does not. For a
+    target of more levels than components are told apart by, the additive one starts at the table of
+    one column and counts .8, less only where it explains not even half of what the trees do.
 
     Args:
         rows: Codes that the generator drew, the target included (rows, D).
@@ -94,7 +102,7 @@ class LabelHead:
         """
         facts = tables, prior_logits, noise
         additive, boosted = self._both(codes, *facts)
-        share = self._explained(*self._both(self._held, *facts)) / 2
+        share = self._share(*self._both(self._held, *facts))
         scores = share * additive + (1 - share) * boosted
         # On the whole each level is as frequent as the tables say.
         for _ in range(10):
@@ -108,8 +116,17 @@ class LabelHead:
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities by the additive model and by the trees (rows, groups)."""
         columns = [codes[:, j] for j in self.others]
-        additive = additive_logits(columns, tables, prior_logits, noise).log_softmax(-1)
+        led = not anchored(self.layout)
+        additive = additive_logits(columns, tables, prior_logits, noise, led=led).log_softmax(-1)
         return additive, self._boosted(codes, additive)
+
+    def _share(self, additive: Tensor, boosted: Tensor) -> float:
+        """Of the additive scores in the mean, by what both models make of held-out rows."""
+        if anchored(self.layout):
+            return _HALF * self._explained(additive, boosted)
+        # That tables are surer of the target than the generator's rows is why they count for more.
+        softer = [(additive * part).log_softmax(-1) for part in _SOFTER]
+        return _LED * min(1.0, 2 * self._explained(max(softer, key=self._gain), boosted))
 
     def _explained(self, additive: Tensor, boosted: Tensor) -> float:
         """What the additive scores explain of held-out labels, as a share, at most 1, of what the
