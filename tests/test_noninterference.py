@@ -16,10 +16,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from inline import Inline
 
 from dpsynth import cli
 from dpsynth.codec import NumericCoder
 from dpsynth.data import Table
+from dpsynth.frontier import sweep
 from dpsynth.privacy import ledger as ledger_module
 from dpsynth.privacy.engine import FleetOptimizer
 from dpsynth.privacy.mechanisms import HistogramNoise
@@ -148,6 +150,7 @@ def command(rows: pd.DataFrame, home: Path, capsys: pytest.CaptureFixture[str]) 
                 "+experiment=tiny",
                 "model=vae",
                 "model.options.hidden=[8,8]",
+                f"model.options.components={tiny.MIX['components']}",
                 "data=file",
                 f"data.path={home / 'rows.csv'}",
                 f"data.schema={home / 'schema.json'}",
@@ -171,8 +174,13 @@ def command(rows: pd.DataFrame, home: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_nothing_that_the_command_shows_or_leaves_differs(
-    rows: pd.DataFrame, cut: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    rows: pd.DataFrame,
+    cut: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Inline)
     before = command(rows, tmp_path / "before", capsys)
     assert before["exit"] == b"0" and "run/README.md" in before
     assert "run/metrics.json" not in before and "run/audit.json" not in before
