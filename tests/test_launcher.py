@@ -29,7 +29,11 @@ DATA = [
     "evaluation.max_rows=60", "audit.max_candidates=40", "audit.draws=1",
     "data=file", "data.path=rows.csv", "data.schema=schema.json",
 ]  # fmt: skip
-TINY = ["model=vae", "model.options.hidden=[8,8]", "model.options.latent=2", *DATA]
+# Few weights that start from few components, so that a fit takes a blink.
+TINY = [
+    "model=vae", "model.options.hidden=[8,8]", "model.options.latent=2",
+    "model.options.components=6", *DATA,
+]  # fmt: skip
 # Nothing but tables, in no time.
 TABLES = ["model=naive_bayes", "audit.reference_model=false"]
 GRID = ["privacy.epsilon=2,inf", "privacy.steps=4,6", "seed=0,1"]

@@ -1,6 +1,7 @@
 """The audit of one run, from the run's folder to the evidence, and through the command."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from io import StringIO
 
@@ -21,6 +22,14 @@ from dpsynth.training.recipe import Seat
 from dpsynth.training.run import Run
 
 SMALL = Setting(max_candidates=200, draws=2, shadows=8, fits=8, canaries=40)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quickly() -> Iterator[None]:
+    """What is looked for is there however good the model is."""
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.hasty(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +54,16 @@ def _audited(folder, split, out, setting=SMALL, text=None):
     return audit_run(folder, split, setting, out=out, data="tiny", console=console)
 
 
-def test_quick_audit_of_a_private_run(diffusion, split, tmp_path):
-    text = StringIO()
-    report = _audited(diffusion, split, tmp_path / "audit", text=text)
-    files, lineage = read_folder(tmp_path / "audit")
+@pytest.fixture(scope="module")
+def quick(diffusion, split, tmp_path_factory):
+    """The quick audit: its report, its folder and what it said."""
+    out, text = tmp_path_factory.mktemp("quick") / "audit", StringIO()
+    return _audited(diffusion, split, out, text=text), out, text.getvalue()
+
+
+def test_quick_audit_of_a_private_run(quick):
+    report, out, said = quick
+    files, lineage = read_folder(out)
     assert set(files) == {
         *("audit.json", "README.md", "scores.parquet"),
         *("roc.png", "roc.pdf", "bounds.png", "bounds.pdf"),
@@ -59,13 +74,13 @@ def test_quick_audit_of_a_private_run(diffusion, split, tmp_path):
     assert {c["name"] for c in body["controls"]} == {"fresh", "p-leak", "copy", "blind"}
     assert body["defects"]["sound"] is False
     assert [b["audit"] for b in body["bounds"]] == ["steps", "steps"]
-    assert "about" in text.getvalue().splitlines()[0]
-    assert not (tmp_path / ".audit.work").exists()
+    assert "about" in said.splitlines()[0]
+    assert not out.with_name(".audit.work").exists()
 
 
-def test_scores_stand_beside_their_records(diffusion, split, tmp_path):
-    report = _audited(diffusion, split, tmp_path / "audit")
-    frame = pd.read_parquet(tmp_path / "audit" / "scores.parquet")
+def test_scores_stand_beside_their_records(quick, split):
+    report, out, _ = quick
+    frame = pd.read_parquet(out / "scores.parquet")
     half = len(frame) // 2
     assert frame["member"].tolist() == [True] * half + [False] * half
     assert report.membership.members == half
@@ -122,8 +137,8 @@ def test_a_run_with_secure_noise_is_audited_by_models_that_have_a_seed(split, tm
     assert any(a.name.endswith("ratio") for a in report.membership.attacks)
 
 
-def test_a_killed_audit_goes_on(diffusion, split, tmp_path, monkeypatch):
-    whole = _audited(diffusion, split, tmp_path / "whole")
+def test_a_killed_audit_goes_on(diffusion, quick, split, tmp_path, monkeypatch):
+    whole, *_ = quick
 
     def killed(*_, **__):
         raise KeyboardInterrupt
