@@ -52,7 +52,7 @@ def additive_logits(
     logits = prior_logits.expand(len(codes[0]), groups).clone()
     parts = [_Column(code, table, prior, noise) for code, table in zip(codes, tables, strict=True)]
     lead = max(parts, key=lambda part: part.contingency)
-    if led and lead.contingency > lead.dust:
+    if led and lead.contingency > lead.by_chance:
         logits = torch.where(prior > 0, lead.shares.log(), prior_logits)[lead.code]
         share = logits.softmax(-1)
         for part in parts:
@@ -82,7 +82,7 @@ class _Column:
         self.held = table.new_zeros(levels, groups)
         expected = prior[:, None] * table.sum(0)
         self.contingency = _contingency(table, expected, noise)
-        self.dust = -_contingency(expected, expected, noise)  # what noise alone adds to it
+        self.by_chance = -_contingency(expected, expected, noise)  # what noise adds
         self.prior = _held_back(self.contingency) if groups > 2 else _PRIOR
         # Two scores that move together by half of Newton's step each.
         self.together = groups / max(groups - 1, 1)
