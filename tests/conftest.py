@@ -7,15 +7,19 @@ import os
 # Two workers on two cores: more threads each only get in one another's way. Before torch loads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from dpsynth import datasets
+from dpsynth import chosen, datasets
 from dpsynth.data import Table
+from dpsynth.mixture import Effort, fit_mixture
+from dpsynth.models import labels
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -31,6 +35,20 @@ settings.load_profile("dpsynth")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keeps tests out of the user's cache folder; processes they start inherit it."""
     os.environ["DPSYNTH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def hasty() -> Iterator[None]:
+    """Mixtures of few gradient steps and labels of few trees, for laws that ask for no good fit."""
+
+    def fitted(tables: Any, marginals: Any, layout: Any, used: Any, effort: Effort, **how: Any):
+        fewer = replace(effort, steps=min(effort.steps, 20))
+        return fit_mixture(tables, marginals, layout, used, fewer, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chosen, "fit_mixture", fitted)
+        patch.setattr(labels, "_TREES", 6)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import pytest
 import torch
 from oracles import chi_square
 from scipy import stats
-from tiny import hasty, recipe, seat
+from tiny import recipe, seat
 
 from dpsynth.capture import capture
 from dpsynth.checks import UsageError
@@ -35,12 +35,8 @@ devices = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly() -> Iterator[None]:
-    """What a fleet starts from is not captured."""
-    with pytest.MonkeyPatch.context() as patch:
-        hasty(patch)
-        yield
+# What a fleet starts from is not captured.
+pytestmark = pytest.mark.usefixtures("hasty")
 
 
 def train(model: str) -> list[Trained]:

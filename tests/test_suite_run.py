@@ -1,7 +1,6 @@
 """The audit of one run, from the run's folder to the evidence, and through the command."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from io import StringIO
 
@@ -24,12 +23,8 @@ from dpsynth.training.run import Run
 SMALL = Setting(max_candidates=200, draws=2, shadows=8, fits=8, canaries=40)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly() -> Iterator[None]:
-    """What is looked for is there however good the model is."""
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.hasty(patch)
-        yield
+# What is looked for is there however good the model is.
+pytestmark = pytest.mark.usefixtures("hasty")
 
 
 @pytest.fixture(scope="module")

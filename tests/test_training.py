@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from io import StringIO
 from itertools import pairwise
@@ -22,7 +22,7 @@ from lightning.pytorch.loggers.logger import Logger
 from rich.console import Console
 from scipy.optimize import brentq
 from scipy.stats import norm
-from tiny import HERE, ROWS, SCHEMA, frame, hasty, recipe, seat, table
+from tiny import HERE, ROWS, SCHEMA, frame, recipe, seat, table
 
 from dpsynth.checks import RefusedError, UsageError
 from dpsynth.data import Table
@@ -56,12 +56,8 @@ SEATS = [seat(0.5, 3), seat(1.0, 4), seat(math.inf, 5)]
 _trios: dict[str, list[Trained]] = {}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quickly() -> Iterator[None]:
-    """No law here asks how good a fit is; two of them are alike at any length."""
-    with pytest.MonkeyPatch.context() as patch:
-        hasty(patch)
-        yield
+# No law here asks how good a fit is; two of them are alike at any length.
+pytestmark = pytest.mark.usefixtures("hasty")
 
 
 @pytest.fixture

@@ -5,22 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from dpsynth import chosen
 from dpsynth.data import Table
-from dpsynth.mixture import Effort, Mixture, fit_mixture
-from dpsynth.models import labels
 from dpsynth.schema import Column, Schema
 from dpsynth.training.recipe import Recipe, Seat
 
-if TYPE_CHECKING:  # trainings that are killed need none
-    import pytest
-
-__all__ = ["HERE", "OPTIONS", "ROWS", "SCHEMA", "frame", "hasty", "recipe", "seat", "table"]
+__all__ = ["HERE", "OPTIONS", "ROWS", "SCHEMA", "frame", "recipe", "seat", "table"]
 
 ROWS = 400
 SCHEMA = Schema(
@@ -91,16 +85,3 @@ def seat(epsilon: float = math.inf, seed: int | None = 0, **schema: Any) -> Seat
     """A seat at the table, with facts of the schema replaced."""
     rows = table()
     return Seat(Table(replace(rows.schema, **schema), rows.frame), epsilon, seed)
-
-
-def hasty(patch: pytest.MonkeyPatch) -> None:
-    """Mixtures of few gradient steps and labels of few trees, for laws that ask for no good fit."""
-
-    def fitted(
-        tables: Any, marginals: Any, layout: Any, used: Any, effort: Effort, **how: Any
-    ) -> Mixture:
-        fewer = replace(effort, steps=min(effort.steps, 20))
-        return fit_mixture(tables, marginals, layout, used, fewer, **how)
-
-    patch.setattr(chosen, "fit_mixture", fitted)
-    patch.setattr(labels, "_TREES", 6)
