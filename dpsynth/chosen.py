@@ -1,5 +1,6 @@
 """Chosen tables: all of them with merged levels, then those that a model still gets wrong, apart
-for each label or not, asked in rounds; and the mixture that agrees with all of them."""
+for each label or not, asked in rounds, then some of three columns with merged levels; and the
+mixture that agrees with all of them."""
 
 from __future__ import annotations
 
@@ -10,13 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import poisson
 from torch import Tensor
 
+from dpsynth.coarse import Coarse, Groups
 from dpsynth.codec import Layout
 from dpsynth.marginals import NoisyTable
 from dpsynth.mixture import Effort, Mixture, anchored, fit_mixture
 from dpsynth.survey import Survey
+from dpsynth.triples import ask_triples, columns_for
+from dpsynth.worth import WORTH, blurred, by_chance
 
 __all__ = ["Choice", "choose_tables"]
 
@@ -25,13 +28,8 @@ _Columns = tuple[int, ...]
 # Part of the purse for coarse tables of all candidates, where not all are asked in full; and of a
 # round for its scores.
 _COARSE, _SCORES = 0.15, 0.05
-# A table is worth asking for where it is wrong, beyond chance, by more than this part of what noise
-# would do to it.
-_WORTH = 0.3
 # Fit between rounds.
 _BETWEEN = Effort(1, 128, 150)
-# E|N(0, σ²)| / σ.
-_MEAN = math.sqrt(2 / math.pi)
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,14 @@ class Choice:
         rounds: Each scores all candidates against the model of the last one.
         effort: Of the last fit.
         joined: Whether a table may be asked for all labels together in place of apart.
+        triples: Part of the purse for coarse tables of three columns.
     """
 
     tables: int
     rounds: int
     effort: Effort
     joined: bool = True
+    triples: float = 0.1
 
     def within(self, most: int) -> Choice:
         """The same with at most so many components."""
@@ -114,30 +114,53 @@ def choose_tables(survey: Survey, choice: Choice, *, device: str = "cpu") -> Mix
     rounds = min(choice.rounds, tables)
     if not tables:
         return fit_mixture(held, marginals, layout, survey.used, choice.effort, device=device)
+    groups = Groups.found(marginals, layout, survey.used, apart=not again)
+    # What triples will cost stays behind.
+    deep = choice.triples * survey.purse.left
+    deep = deep if deep and columns_for(survey, deep, apart=not again) else 0.0
+    pairs: list[NoisyTable] = []
+    if tables < len(left):
+        pairs = survey.merged(left, (survey.purse.left - deep) * _COARSE, groups)
+    coarse = Coarse(groups, tuple(pairs))
     model, joined = Mixture.naive_bayes(marginals, layout), _joined(left, choice, layout)
-    coarse = survey.coarse(left, survey.purse.left * _COARSE) if tables < len(left) else None
     for turn in range(rounds):
-        share = survey.purse.left / (rounds - turn)
+        share = (survey.purse.left - deep) / (rounds - turn)
         wanted = _turn(tables, rounds, turn)
         options = left + [joined[columns] for columns in left if columns in joined]
         expected = {columns: marginals.rows * model.table(columns, layout) for columns in options}
-        taken = options
-        if wanted < len(options):
-            scores = survey.distances(expected, share * _SCORES)
-            share *= 1 - _SCORES
-            sigma = survey.purse.sigma(share / wanted)
-            mended = _by_asking(expected, scores, held)
-            taken = _worst(expected, mended, sigma, layout)[:wanted]
-        shares = _shares([expected[columns] for columns in taken], survey, share)
-        held += survey.tables(taken, shares)
+        answers = _asked(survey, expected, held, wanted, share)
+        taken = [table.columns for table in answers]
+        held += answers
         if not again:
             left = [columns for columns in left if columns not in taken]
             joined = {apart: one for apart, one in joined.items() if one not in taken}
-        last = turn == rounds - 1
+        last = turn == rounds - 1 and not deep
         effort = choice.effort if last else _BETWEEN.within(choice.effort.components)
         facts = held, marginals, layout, survey.used, effort
         model = fit_mixture(*facts, coarse=coarse, device=device)
+    if deep:
+        triples = ask_triples(survey, model, groups, survey.purse.left, apart=not again)
+        facts = held, marginals, layout, survey.used, choice.effort
+        model = fit_mixture(*facts, coarse=replace(coarse, triples=triples), device=device)
     return model
+
+
+def _asked(
+    survey: Survey,
+    expected: Mapping[_Columns, np.ndarray],
+    held: Sequence[NoisyTable],
+    wanted: int,
+    share: float,
+) -> list[NoisyTable]:
+    """Answers of one round: so many tables that a model expects other counts of."""
+    taken = list(expected)
+    if wanted < len(taken):
+        scores = survey.distances(expected, share * _SCORES)
+        share *= 1 - _SCORES
+        sigma = survey.purse.sigma(share / wanted)
+        mended = _by_asking(expected, scores, held)
+        taken = _worst(expected, mended, sigma, survey.layout)[:wanted]
+    return survey.tables(taken, _shares([expected[columns] for columns in taken], survey, share))
 
 
 def _joined(asked: Sequence[_Columns], choice: Choice, layout: Layout) -> dict[_Columns, _Columns]:
@@ -156,18 +179,16 @@ def _by_asking(
     expected: Mapping[_Columns, np.ndarray], scores: Sequence[float], held: Sequence[NoisyTable]
 ) -> list[float]:
     """Noisy distances, at most what chance and the noise of all answers so far explain."""
-    exact: dict[_Columns, float] = defaultdict(float)
+    exact: dict[frozenset[int], float] = defaultdict(float)
     for table in held:
-        exact[table.columns] += 1 / max(table.sigma, 1e-9) ** 2
-    return [
-        min(
-            score,
-            _by_chance(expected[columns]) + _blurred(expected[columns], exact[columns] ** -0.5),
-        )
-        if columns in exact
-        else score
-        for columns, score in zip(expected, scores, strict=True)
-    ]
+        exact[frozenset(table.columns)] += 1 / max(table.sigma, 1e-9) ** 2
+    found = []
+    for (columns, table), score in zip(expected.items(), scores, strict=True):
+        known = exact.get(frozenset(columns))
+        if known is not None:
+            score = min(score, by_chance(table) + blurred(table, known**-0.5))
+        found.append(score)
+    return found
 
 
 def _worst(
@@ -177,13 +198,13 @@ def _worst(
     one that would have more right. That is the one apart where there is no noise, whatever chance
     does to sparse cells."""
     right = {
-        columns: score - _WORTH * _blurred(expected[columns], sigma)
+        columns: score - WORTH * blurred(expected[columns], sigma)
         for columns, score in zip(expected, scores, strict=True)
     }
     best: dict[_Columns, _Columns] = {}
     for columns in sorted(expected, key=lambda columns: right[columns]):
         best[tuple(column for column in columns if column != layout.target)] = columns
-    worth = {columns: right[columns] - _by_chance(expected[columns]) for columns in best.values()}
+    worth = {columns: right[columns] - by_chance(expected[columns]) for columns in best.values()}
     return sorted(worth, key=lambda columns: -worth[columns])
 
 
@@ -192,23 +213,10 @@ def _turn(tables: int, rounds: int, turn: int) -> int:
     return tables * (turn + 1) // rounds - tables * turn // rounds
 
 
-def _blurred(expected: np.ndarray, sigma: float) -> float:
-    """Σ over cells of what noise can move: σ·E|N(0, 1)|, but no more rows than a cell has."""
-    return float(np.minimum(_MEAN * sigma, expected).sum())
-
-
-def _by_chance(expected: np.ndarray) -> float:
-    """Distance that a right model would have: E|X - r| of Poisson counts X from the whole rows r
-    that they are compared with, summed over cells. Sparse tables have most of it."""
-    whole = np.round(expected)
-    below = whole * poisson.cdf(whole, expected) - expected * poisson.cdf(whole - 1, expected)
-    return float((expected - whole + 2 * below).sum())
-
-
 def _shares(expected: Sequence[np.ndarray], survey: Survey, share: float) -> list[float]:
     """Parts of the purse for each table, adding up to `share`: with error N_t ∝ σ_t in each,
     ΣN_t is least where 1/σ_t² ∝ N_t^(2/3)."""
     sigma = survey.purse.sigma(share / len(expected))
-    size = np.array([max(_blurred(table, sigma), 1.0) for table in expected]) ** (2 / 3)
+    size = np.array([max(blurred(table, sigma), 1.0) for table in expected]) ** (2 / 3)
     # Together a little less, so that rounding never asks for more than is there.
     return (size / size.sum() * share * (1 - 1e-9)).tolist()

@@ -10,7 +10,6 @@ dimensions and of two depths.)
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,46 +18,75 @@ from torch import Tensor
 from dpsynth.codec import Layout
 from dpsynth.marginals import Marginals, NoisyTable
 
-__all__ = ["PARTS", "Coarse", "groups_of", "merged"]
+__all__ = ["PARTS", "Coarse", "Groups"]
 
 # Groups of a column.
 PARTS = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Coarse:
-    """Noisy tables of merged levels.
+class Groups:
+    """Which levels count as one.
 
     Attributes:
-        groups: The group of each level, one array a column.
-        tables: Their counts have `PARTS` groups an axis, but for the target's of three columns,
-            whose levels stay apart.
+        of: The group of each level, one array a column.
+        layout: Shape of rows whose levels are groups.
     """
 
-    groups: tuple[np.ndarray, ...]
-    tables: tuple[NoisyTable, ...]
+    of: tuple[np.ndarray, ...]
+    layout: Layout
+
+    @classmethod
+    def found(
+        cls, marginals: Marginals, layout: Layout, used: Tensor, *, apart: bool = False
+    ) -> Groups:
+        """Groups of about equal mass, by noisy tables alone: neighbours in a column's order, or
+        where most levels have no place in one, levels with which the target's last level is about
+        as likely.
+
+        Args:
+            marginals: Noisy label × column tables.
+            layout: Public shape.
+            used: Levels that can occur (W,).
+            apart: Whether each level of the target is a group of its own.
+        """
+        ends = np.cumsum([0, *layout.levels])
+        joint = (marginals.given * marginals.prior[:, None]).numpy()
+        values, occurs = marginals.values.numpy(), used.numpy()
+        kept = layout.target if apart else None
+        found = []
+        for column, (first, end) in enumerate(itertools.pairwise(ends.tolist())):
+            mass, inside = joint[:, first:end], occurs[first:end]
+            order = values[first:end]
+            if np.isnan(order[inside]).sum() * 2 > inside.sum():
+                order = mass[-1] / mass.sum(0).clip(1e-12)
+            cut = _cut(np.where(inside, order, np.inf), mass.sum(0) * inside, inside)
+            found.append(np.arange(end - first) if column == kept else cut)
+        sizes = [PARTS] * layout.columns
+        if kept is not None:
+            sizes[kept] = layout.levels[kept]
+        return cls(tuple(found), Layout(tuple(sizes), layout.target))
+
+    @property
+    def places(self) -> np.ndarray:
+        """Where each level's group lies in a row of groups side by side (W,)."""
+        pairs = zip(self.layout.offsets, self.of, strict=True)
+        return np.concatenate([first + group for first, group in pairs])
 
 
-def groups_of(marginals: Marginals, layout: Layout, used: Tensor) -> tuple[np.ndarray, ...]:
-    """Groups of about equal mass, by noisy tables alone: neighbours in a column's order, or where
-    most levels have no place in one, levels with which the target's last level is about as likely.
+@dataclass(frozen=True, eq=False)
+class Coarse:
+    """Noisy tables of groups.
 
-    Args:
-        marginals: Noisy label × column tables.
-        layout: Public shape.
-        used: Levels that can occur (W,).
+    Attributes:
+        groups: Of levels.
+        pairs: Tables of two columns, apart for each label where components belong to labels.
+        triples: The same of three columns.
     """
-    ends = np.cumsum([0, *layout.levels])
-    joint = (marginals.given * marginals.prior[:, None]).numpy()
-    values, occurs = marginals.values.numpy(), used.numpy()
-    found = []
-    for first, end in itertools.pairwise(ends.tolist()):
-        mass, inside = joint[:, first:end], occurs[first:end]
-        order = values[first:end]
-        if np.isnan(order[inside]).sum() * 2 > inside.sum():
-            order = mass[-1] / mass.sum(0).clip(1e-12)
-        found.append(_cut(np.where(inside, order, np.inf), mass.sum(0) * inside, inside))
-    return tuple(found)
+
+    groups: Groups
+    pairs: tuple[NoisyTable, ...] = ()
+    triples: tuple[NoisyTable, ...] = ()
 
 
 def _cut(order: np.ndarray, mass: np.ndarray, inside: np.ndarray) -> np.ndarray:
@@ -70,13 +98,3 @@ def _cut(order: np.ndarray, mass: np.ndarray, inside: np.ndarray) -> np.ndarray:
     group = np.empty(len(order), dtype=np.int64)
     group[ranked] = (PARTS * (share.cumsum() - share / 2)).astype(np.int64).clip(0, PARTS - 1)
     return group
-
-
-def merged(counts: np.ndarray, columns: Sequence[int], groups: Sequence[np.ndarray]) -> np.ndarray:
-    """Counts of a table by groups of its last two columns."""
-    for axis, column in ((-1, columns[-1]), (-2, columns[-2])):
-        moved = np.moveaxis(counts, axis, 0)
-        whole = np.zeros((PARTS, *moved.shape[1:]), dtype=counts.dtype)
-        np.add.at(whole, groups[column], moved)
-        counts = np.moveaxis(whole, 0, axis)
-    return counts

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpsynth.coarse import PARTS, Coarse
+from dpsynth.coarse import Coarse, Groups
 from dpsynth.codec import Layout
 from dpsynth.marginals import Marginals, NoisyTable
 from dpsynth.randomness import stream
@@ -78,12 +78,19 @@ class Mixture:
     levels: Tensor
 
     def table(self, columns: Sequence[int], layout: Layout) -> np.ndarray:
-        """Probability of each cell of a table of two or three columns."""
+        """Probability of each cell of a table of at most four columns."""
         blocks = self.levels.split(list(layout.levels), dim=-1)
-        letters = "abc"[: len(columns)]
+        letters = "abcd"[: len(columns)]
         terms = ",".join(f"k{letter}" for letter in letters)
         parts = [blocks[column] for column in columns]
         return torch.einsum(f"k,{terms}->{letters}", self.weight, *parts).numpy()
+
+    def merged(self, groups: Groups) -> Mixture:
+        """The same of rows whose levels are groups."""
+        found = self.levels.new_zeros(len(self.weight), groups.layout.width)
+        return Mixture(
+            self.weight, found.index_add(1, torch.from_numpy(groups.places), self.levels)
+        )
 
     def marginals(self, measured: Marginals, layout: Layout) -> Marginals:
         """Label × column tables of the mixture in place of the noisy ones: they agree with more."""
@@ -143,11 +150,11 @@ def fit_mixture(
         layout: Public shape.
         used: Levels that can occur (W,).
         effort: How long.
-        coarse: Tables of merged levels, of all pairs of columns that `tables` may have.
+        coarse: Tables of groups of levels.
         device: Where it is computed.
     """
     fit = _Fit(tables, marginals, layout, used, effort, torch.device(device))
-    if coarse is not None:
+    if coarse is not None and (coarse.pairs or coarse.triples):
         fit.merge(coarse)
     fit.run()
     return fit.mixture()
@@ -172,26 +179,51 @@ class _Fit:
         self.blocks = [slice(a, b) for a, b in itertools.pairwise(ends.tolist())]
         self.inside = [b.nonzero().flatten().numpy() for b in used.split(list(layout.levels))]
         self.merging: Tensor | None = None
+        self.triples: Tensor | None = None
         self._start(marginals)
         self._targets(tables)
 
     def merge(self, coarse: Coarse) -> None:
-        """Take coarse tables in: a second set of blocks, of `PARTS` groups a column, that levels
-        add up to."""
-        width = PARTS * self.layout.columns
-        place = np.concatenate([PARTS * j + group for j, group in enumerate(coarse.groups)])
-        merging = torch.zeros(len(self.kept), width)
-        merging[torch.arange(len(self.kept)), torch.from_numpy(place)[self.kept]] = 1.0
-        wanted, exact = torch.zeros(2, len(self.bounds) - 1, width, width)
-        for table in coarse.tables:
-            rows, columns = (slice(PARTS * c, PARTS * (c + 1)) for c in table.columns[-2:])
-            counts = table.counts
-            if len(table.columns) == 3:
-                counts = counts[self.inside[table.columns[0]]]
-            wanted[:, rows, columns] = torch.from_numpy(counts).float()
-            exact[:, rows, columns] = 1 / max(table.sigma, _EXACT) ** 2
+        """Take coarse tables in: a second set of blocks, of groups, that levels add up to."""
+        groups = coarse.groups.layout
+        merging = torch.zeros(len(self.kept), groups.width)
+        merging[torch.arange(len(self.kept)), torch.from_numpy(coarse.groups.places)[self.kept]] = 1
         self.merging = merging.to(self.device)
+        if coarse.pairs:
+            self._merge_pairs(coarse.pairs, groups)
+        if coarse.triples:
+            self._merge_triples(coarse.triples, groups)
+
+    def _merge_pairs(self, tables: Sequence[NoisyTable], groups: Layout) -> None:
+        """As full tables are taken in, side by side."""
+        wanted, exact = torch.zeros(2, len(self.bounds) - 1, groups.width, groups.width)
+        for table in tables:
+            rows, columns = (
+                slice(groups.offsets[c], groups.offsets[c] + groups.levels[c])
+                for c in table.columns[-2:]
+            )
+            wanted[:, rows, columns] = torch.from_numpy(self._occurring(table, 2)).float()
+            exact[:, rows, columns] = 1 / max(table.sigma, _EXACT) ** 2
         self.wanted["coarse"], self.exact["coarse"] = wanted.to(self.device), exact.to(self.device)
+
+    def _merge_triples(self, tables: Sequence[NoisyTable], groups: Layout) -> None:
+        """One after the other, cells of the first two columns as rows."""
+        first = [[groups.offsets[c] for c in table.columns[-3:]] for table in tables]
+        counts = np.stack([self._occurring(table, 3) for table in tables], axis=1)
+        wanted = torch.from_numpy(counts.reshape(*counts.shape[:2], -1, counts.shape[-1])).float()
+        exact = torch.tensor([1 / max(table.sigma, _EXACT) ** 2 for table in tables])
+        places = torch.tensor(first).T[..., None] + torch.arange(counts.shape[-1])
+        self.triples = places.to(self.device)
+        self.wanted["triples"], self.exact["triples"] = (
+            wanted.to(self.device),
+            exact[:, None, None].to(self.device),
+        )
+
+    def _occurring(self, table: NoisyTable, merged: int) -> np.ndarray:
+        """Counts for each level of the target that can occur, or for all rows as one."""
+        if len(table.columns) == merged:
+            return table.counts[None]
+        return table.counts[self.inside[table.columns[0]]]
 
     def _start(self, marginals: Marginals) -> None:
         """Components around naive Bayes: as many a target level as the root of its share asks."""
@@ -264,12 +296,25 @@ class _Fit:
                 gap = self.rows * joint - self.wanted["triple"][g]
                 total = total + 0.5 * (self.exact["triple"][g] * gap.square()).sum()
             if self.merging is not None:
-                part = part @ self.merging
-                gap = self.rows * (part * share).mT @ part - self.wanted["coarse"][g]
-                total = total + 0.5 * (self.exact["coarse"][g] * gap.square()).sum()
+                total = total + self._merged_loss(part @ self.merging, share, g)
         for name, share in {"alone": (levels * weight[..., None]).sum(1), "pair": whole}.items():
             gap = self.rows * share - self.wanted[name]
             total = total + 0.5 * (self.exact[name] * gap.square()).sum()
+        return total
+
+    def _merged_loss(self, part: Tensor, share: Tensor, g: int) -> Tensor:
+        """Of coarse tables, of components (B, K, groups) of one target level."""
+        total = part.new_zeros(())
+        if "coarse" in self.wanted:
+            gap = self.rows * (part * share).mT @ part - self.wanted["coarse"][g]
+            total = total + 0.5 * (self.exact["coarse"][g] * gap.square()).sum()
+        if self.triples is not None:
+            levels = part.mT.index_select(1, self.triples.flatten())
+            first, second, third = levels.unflatten(1, self.triples.shape).unbind(1)
+            pairs = (first[:, :, :, None] * second[:, :, None]).flatten(2, 3)
+            joint = pairs @ (third * share.mT[:, None]).mT
+            gap = self.rows * joint - self.wanted["triples"][g]
+            total = total + 0.5 * (self.exact["triples"] * gap.square()).sum()
         return total
 
     def _information(self, levels: Tensor, weight: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from dpsynth.checks import UsageError
-from dpsynth.coarse import Coarse, groups_of, merged
+from dpsynth.coarse import Groups
 from dpsynth.codec import Layout
 from dpsynth.marginals import Marginals, NoisyTable
 from dpsynth.privacy.mechanisms import Purse
@@ -55,24 +55,27 @@ class Survey:
             for columns, noise, counts in zip(asked, noises, counted, strict=True)
         ]
 
-    def coarse(self, asked: Sequence[_Columns], share: float) -> Coarse:
-        """Tables of two columns or more by groups of their last two, each one histogram, for one
-        share of the purse together.
+    def merged(self, asked: Sequence[_Columns], share: float, groups: Groups) -> list[NoisyTable]:
+        """Tables of groups of levels, each one histogram, for one share of the purse together.
 
         Args:
-            asked: Columns of each table, the target first of three.
+            asked: Columns of each table.
             share: Part of the purse.
+            groups: Of all columns.
         """
-        groups = groups_of(self.marginals, self.layout, self.used)
         noise = self.purse.histograms(share, queries=len(asked))
-        counted = self._count(asked)
-        tables = (
-            NoisyTable(columns, noise(merged(counts, columns, groups)), noise.sigma)
+        counted = self._count(asked, groups)
+        return [
+            NoisyTable(columns, noise(counts), noise.sigma)
             for columns, counts in zip(asked, counted, strict=True)
-        )
-        return Coarse(groups, tuple(tables))
+        ]
 
-    def distances(self, expected: Mapping[_Columns, np.ndarray], share: float) -> list[float]:
+    def distances(
+        self,
+        expected: Mapping[_Columns, np.ndarray],
+        share: float,
+        groups: Groups | None = None,
+    ) -> list[float]:
         """Noisy Σ|count - expected| of each table, for one share of the purse together.
 
         A table is rounded to whole rows first, so a distance is a whole number that one row more or
@@ -81,9 +84,10 @@ class Survey:
         Args:
             expected: Expected counts by columns, in the shape of `tables`.
             share: Part of the purse.
+            groups: Where they are counts of groups of levels.
         """
         noise = self.purse.histograms(share, queries=len(expected))
-        counted = self._count(list(expected))
+        counted = self._count(list(expected), groups)
         found = [
             np.abs(counts - np.round(wanted)).sum()
             for counts, wanted in zip(counted, expected.values(), strict=True)
@@ -118,9 +122,9 @@ class Survey:
         scores = heavy * (np.array(gaps) - less)
         return asked[self.purse.choose(scores, share, float(heavy.max()))]
 
-    def _count(self, asked: Sequence[_Columns]) -> list[np.ndarray]:
+    def _count(self, asked: Sequence[_Columns], groups: Groups | None = None) -> list[np.ndarray]:
         """Exact counts, piece by piece: rows may lie on disk."""
-        levels = self.layout.levels
+        levels = self.layout.levels if groups is None else groups.layout.levels
         for columns in asked:
             known = all(0 <= c < len(levels) for c in columns)
             if not known or not columns or len(set(columns)) < len(columns):
@@ -129,6 +133,8 @@ class Survey:
         counted = [np.zeros(int(np.prod(shape))) for shape in shapes]
         for piece in self._pieces:
             own = {c: piece[:, c].astype(np.int64) for c in {c for cs in asked for c in cs}}
+            if groups is not None:
+                own = {c: groups.of[c][codes] for c, codes in own.items()}
             for columns, shape, counts in zip(asked, shapes, counted, strict=True):
                 cell = np.zeros(len(piece), dtype=np.int64)
                 for column, size in zip(columns, shape, strict=True):

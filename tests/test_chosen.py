@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from test_survey import FREE, Counting, counted, survey_of
 from torch import Tensor
 
-from dpsynth.chosen import Choice, _by_chance, candidates, choose_tables
-from dpsynth.coarse import Coarse
+from dpsynth.chosen import Choice, candidates, choose_tables
+from dpsynth.coarse import Groups
 from dpsynth.codec import Codec, Layout
 from dpsynth.datasets import simulated
 from dpsynth.marginals import Marginals, NoisyTable
@@ -25,6 +25,8 @@ from dpsynth.privacy.mechanisms import HistogramNoise, Measurer
 from dpsynth.privacy.plan import PrivacyPlan
 from dpsynth.randomness import stream
 from dpsynth.survey import Survey
+from dpsynth.triples import columns_for
+from dpsynth.worth import by_chance
 
 QUICK = Effort(1, 16, 40)
 LAYOUT = Layout((3, 4, 2, 5), target=2)
@@ -111,21 +113,27 @@ class Watched(Survey):
         self.asked: list[tuple[tuple[int, ...], float]] = []
         self.rounds: list[list[tuple[int, ...]]] = []
         self.scored: list[list[tuple[int, ...]]] = []
-        self.merged: list[tuple[list[tuple[int, ...]], float]] = []
+        self.coarse: list[tuple[list[tuple[int, ...]], float]] = []
+        self.triples: list[list[tuple[int, ...]]] = []
 
     def tables(self, asked: Sequence[tuple[int, ...]], shares: Sequence[float]) -> list[NoisyTable]:
         self.asked += zip(asked, shares, strict=True)
         self.rounds.append(list(asked))
         return super().tables(asked, shares)
 
-    def coarse(self, asked: Sequence[tuple[int, ...]], share: float) -> Coarse:
-        assert not self.asked
-        self.merged.append((list(asked), share))
-        return super().coarse(asked, share)
+    def merged(
+        self, asked: Sequence[tuple[int, ...]], share: float, groups: Groups
+    ) -> list[NoisyTable]:
+        if self.triples:
+            assert set(asked) <= set(self.triples[-1])
+        else:
+            assert not self.asked
+            self.coarse.append((list(asked), share))
+        return super().merged(asked, share, groups)
 
-    def distances(self, expected: Any, share: float) -> list[float]:
-        self.scored.append(list(expected))
-        return super().distances(expected, share)
+    def distances(self, expected: Any, share: float, groups: Groups | None = None) -> list[float]:
+        (self.scored if groups is None else self.triples).append(list(expected))
+        return super().distances(expected, share, groups)
 
 
 def watched(codes: Tensor, layout: Layout, measurer: Measurer, mu: float = FREE) -> Watched:
@@ -171,7 +179,8 @@ def test_all_rounds_together_cost_what_was_paid_at_most(
     """Σ queries/σ² ≤ μ², nearly all of it; each table is asked for once, or once a round."""
     measurer = Counting(Ledger(1e-5), mu, 1, stream(0, "x"))
     survey = watched(even(600, layout), layout, measurer, mu)
-    mixture = choose_tables(survey, Choice(tables, rounds, QUICK, joined))
+    choice = Choice(tables, rounds, QUICK, joined)
+    mixture = choose_tables(survey, choice)
     assert len(mixture.weight) == 16
     number = min(tables, len(candidates(layout)))
     chosen = [columns for columns, _ in survey.asked]
@@ -187,9 +196,21 @@ def test_all_rounds_together_cost_what_was_paid_at_most(
         assert sum(paid**2 for paid in measurer.paid) <= mu**2 * (1 + 1e-12)
     if number:
         assert 0 <= survey.purse.left < 1e-6
+    # Triples are looked at once, of as many columns as noise allows; what they cost stays behind.
+    head = (layout.target,) if anchored(layout) else ()
+    deep = choice.triples if survey.triples else 0.0
+    purse = Measurer(Ledger(1e-5), mu, 1, stream(0, "x")).purse("tables")
+    fresh = Survey([even(600, layout)], layout, survey.used, survey.marginals, purse)
+    number_of = columns_for(fresh, choice.triples, apart=anchored(layout))
+    assert len(survey.triples) == (number > 0 and number_of > 2)
+    for some in survey.triples:
+        assert len(some) == len(set(some)) == math.comb(number_of, 3)
+        assert {len(columns) for columns in some} == {3 + len(head)}
+        assert all(columns[: len(head)] == head for columns in some)
     # All are asked with merged levels first, unless all will be asked in full.
-    merged = [] if number in (0, len(candidates(layout))) else [(candidates(layout), 0.15)]
-    assert survey.merged == merged
+    merged = [] if number in (0, len(candidates(layout))) else [candidates(layout)]
+    assert [asked for asked, _ in survey.coarse] == merged
+    assert all(share == pytest.approx(0.15 * (1 - deep)) for _, share in survey.coarse)
     # A round scores what is left, or all there are, unless it asks for all of it.
     assert len(survey.scored) <= min(rounds, number)
     for earlier, later in itertools.pairwise(survey.scored):
@@ -379,10 +400,11 @@ def test_what_is_asked_and_fitted_follows_from_noisy_answers_alone(
         survey = Watched([codes], layout, used, known.marginals, measurer.purse("tables"))
         number = len(candidates(layout)) // 2 + 1
         mixture = choose_tables(survey, Choice(number, 2, QUICK))
-        found.append((survey.asked, survey.scored, measurer.spent, mixture))
-    assert found[0][:3] == found[1][:3]
-    assert torch.equal(found[0][3].levels, found[1][3].levels)
-    assert torch.equal(found[0][3].weight, found[1][3].weight)
+        asked = survey.asked, survey.scored, survey.triples
+        found.append((*asked, measurer.spent, mixture))
+    assert found[0][:4] == found[1][:4]
+    assert torch.equal(found[0][4].levels, found[1][4].levels)
+    assert torch.equal(found[0][4].weight, found[1][4].weight)
 
 
 def test_other_answers_lead_to_other_questions() -> None:
@@ -413,10 +435,10 @@ def test_a_family_spends_its_whole_share_on_a_mixture_that_it_can_hold() -> None
 
 
 @pytest.mark.parametrize("size", [3e-3, 0.4, 0.5, 2.3, 40.0])
-def test_by_chance_is_how_far_counts_of_a_right_model_are(size: float) -> None:
+def testby_chance_is_how_far_counts_of_a_right_model_are(size: float) -> None:
     """Against draws; of sparse tables it is all there is."""
     expected = np.full((4, 5), size)
     rng = np.random.default_rng(0)
     gaps = np.abs(rng.poisson(size, (20_000, 20)) - np.round(size)).sum(1)
-    assert abs(_by_chance(expected) - gaps.mean()) < 4 * gaps.std() / len(gaps) ** 0.5
-    assert _by_chance(np.zeros(3)) == 0
+    assert abs(by_chance(expected) - gaps.mean()) < 4 * gaps.std() / len(gaps) ** 0.5
+    assert by_chance(np.zeros(3)) == 0
