@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dpsynth.coarse import Coarse, Groups
 from dpsynth.codec import Layout
-from dpsynth.marginals import NoisyTable
-from dpsynth.mixture import Effort, Mixture, anchored, fit_mixture
+from dpsynth.marginals import Marginals, NoisyTable
+from dpsynth.mixture import Effort, Mixture, anchored, classed, fit_mixture
 from dpsynth.survey import Survey
 from dpsynth.triples import ask_triples, columns_for
 from dpsynth.worth import WORTH, blurred, by_chance
@@ -28,6 +28,8 @@ _Columns = tuple[int, ...]
 # Part of the purse for coarse tables of all candidates, where not all are asked in full; and of a
 # round for its scores.
 _COARSE, _SCORES = 0.15, 0.05
+# Part for the table of the column that says most of a target of many levels.
+_LEADING = 0.05
 # Fit between rounds.
 _BETWEEN = Effort(1, 128, 150)
 
@@ -100,7 +102,8 @@ def choose_tables(survey: Survey, choice: Choice, *, device: str = "cpu") -> Mix
     Where labels are not told apart, what was asked in one round may be asked again in a later one:
     where two columns all but decide each other, noise blurs what the model makes of their table,
     and it stays the worst there is. But nothing is mended by it beyond what the noise of its
-    answers so far may have done. Elsewhere it would take from what tells labels apart.
+    answers so far may have done. Elsewhere it would take from what tells labels apart. Of a target
+    of many levels the table of the column that says most of it comes first, beside all others.
 
     Args:
         survey: Answers from its whole purse.
@@ -122,6 +125,8 @@ def choose_tables(survey: Survey, choice: Choice, *, device: str = "cpu") -> Mix
     if tables < len(left):
         pairs = survey.merged(left, (survey.purse.left - deep) * _COARSE, groups)
     coarse = Coarse(groups, tuple(pairs))
+    if again and classed(layout):
+        held += survey.tables([_leading(marginals)], [(survey.purse.left - deep) * _LEADING])
     model, joined = Mixture.naive_bayes(marginals, layout), _joined(left, choice, layout)
     for turn in range(rounds):
         share = (survey.purse.left - deep) / (rounds - turn)
@@ -143,6 +148,19 @@ def choose_tables(survey: Survey, choice: Choice, *, device: str = "cpu") -> Mix
         facts = held, marginals, layout, survey.used, choice.effort
         model = fit_mixture(*facts, coarse=replace(coarse, triples=triples), device=device)
     return model
+
+
+def _leading(marginals: Marginals) -> _Columns:
+    """Columns of the label × column table of largest contingency φ², less what noise adds to it;
+    cells that noise hides count for less."""
+
+    def contingency(table: NoisyTable) -> float:
+        rows = np.maximum(table.counts.sum(0), 0.0)
+        expected = marginals.prior.numpy()[:, None] * rows
+        gap = (table.counts - expected) ** 2 - table.sigma**2
+        return float((gap / (expected + table.sigma).clip(1e-12)).sum())
+
+    return max(marginals.tables, key=contingency).columns
 
 
 def _asked(
