@@ -171,7 +171,7 @@ WIDE = Layout((3, 2, 4, 2, 3, 2), target=1)
         (Layout((3, 2), target=1), 4, 2),
     ],
 )
-@pytest.mark.parametrize("mu", [0.3, FREE])
+@pytest.mark.parametrize("mu", [0.3, 5.0, FREE])
 @pytest.mark.parametrize("joined", [False, True])
 def test_all_rounds_together_cost_what_was_paid_at_most(
     layout: Layout, tables: int, rounds: int, mu: float, joined: bool
@@ -416,12 +416,13 @@ def test_what_is_asked_and_fitted_follows_from_noisy_answers_alone(
     found = []
     known = watched(even(500, layout, 9), layout, Measurer(Ledger(1e-5), FREE, 1, stream(0, "x")))
     for rows, own in ((500, 1), (90, 2)):
-        measurer = Fixed(0.5, seed)
+        measurer = Fixed(3.0, seed)
         used, codes = known.used, even(rows, layout, own)
         survey = Watched([codes], layout, used, known.marginals, measurer.purse("tables"))
         number = len(candidates(layout)) // 2 + 1
         mixture = choose_tables(survey, Choice(number, 2, QUICK))
         asked = survey.asked, survey.scored, survey.triples
+        assert all(asked)
         found.append((*asked, measurer.spent, mixture))
     assert found[0][:4] == found[1][:4]
     assert torch.equal(found[0][4].levels, found[1][4].levels)
