@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dpsynth.coarse import Coarse, Groups
@@ -19,7 +20,7 @@ from dpsynth.marginals import Marginals, NoisyTable
 from dpsynth.mixture import Effort, Mixture, anchored, classed, fit_mixture
 from dpsynth.survey import Survey
 from dpsynth.triples import ask_triples, columns_for
-from dpsynth.worth import WORTH, blurred, by_chance
+from dpsynth.worth import WORTH, blurred, by_chance, contingency
 
 __all__ = ["Choice", "choose_tables"]
 
@@ -151,16 +152,14 @@ def choose_tables(survey: Survey, choice: Choice, *, device: str = "cpu") -> Mix
 
 
 def _leading(marginals: Marginals) -> _Columns:
-    """Columns of the label × column table of largest contingency φ², less what noise adds to it;
-    cells that noise hides count for less."""
+    """Columns of the label × column table of largest contingency."""
 
-    def contingency(table: NoisyTable) -> float:
-        rows = np.maximum(table.counts.sum(0), 0.0)
-        expected = marginals.prior.numpy()[:, None] * rows
-        gap = (table.counts - expected) ** 2 - table.sigma**2
-        return float((gap / (expected + table.sigma).clip(1e-12)).sum())
+    def strength(table: NoisyTable) -> float:
+        counts = torch.from_numpy(table.counts)
+        expected = marginals.prior[:, None] * counts.sum(0).clamp_min(0)
+        return contingency(counts, expected, table.sigma)
 
-    return max(marginals.tables, key=contingency).columns
+    return max(marginals.tables, key=strength).columns
 
 
 def _asked(

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dpsynth.worth import contingency
+
 __all__ = ["additive_logits"]
 
 # Variance of a level's contribution, in squared logits, before the tables are seen: the most, and
@@ -81,8 +83,8 @@ class _Column:
         self.variance = (noise * rows * self.count / (mass + 1)).square() + 1
         self.held = table.new_zeros(levels, groups)
         expected = prior[:, None] * table.sum(0)
-        self.contingency = _contingency(table, expected, noise)
-        self.by_chance = -_contingency(expected, expected, noise)  # what noise adds
+        self.contingency = contingency(table, expected, noise)
+        self.by_chance = -contingency(expected, expected, noise)  # what noise adds
         self.prior = _held_back(self.contingency) if groups > 2 else _PRIOR
         # Two scores that move together by half of Newton's step each.
         self.together = groups / max(groups - 1, 1)
@@ -93,7 +95,7 @@ class _Column:
     def beyond(self, share: Tensor) -> float:
         """Contingency that is left where rows have these shares."""
         rows, noise = len(self.code), self.variance.sqrt()
-        return _contingency(self.wanted / rows, self._sum(share) / rows, noise / rows)
+        return contingency(self.wanted / rows, self._sum(share) / rows, noise / rows)
 
     def step(self, share: Tensor) -> Tensor:
         """Change of the contributions (levels, groups) where rows have these shares."""
@@ -108,10 +110,3 @@ class _Column:
 def _held_back(contingency: float) -> float:
     """Variance of a column's contributions."""
     return _PRIOR * min(max(contingency, _LEAST), 1.0)
-
-
-def _contingency(table: Tensor, expected: Tensor, noise: Tensor | float) -> float:
-    """φ² = Σ (share - expected)²/expected, less what noise of this standard deviation adds to it.
-    Cells that noise hides count for less."""
-    gap = (table - expected).square() - noise**2
-    return float((gap / (expected + noise).clamp_min(1e-12)).sum())
