@@ -11,16 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dpsynth.coarse import Coarse, Groups
 from dpsynth.codec import Layout
-from dpsynth.marginals import Marginals, NoisyTable
+from dpsynth.leading import Answers, Leading, ask_leading
+from dpsynth.marginals import NoisyTable
 from dpsynth.mixture import Effort, Mixture, anchored, classed, fit_mixture
 from dpsynth.survey import Survey
 from dpsynth.triples import ask_triples, columns_for
-from dpsynth.worth import WORTH, blurred, by_chance, contingency
+from dpsynth.worth import WORTH, blurred, by_chance
 
 __all__ = ["Choice", "choose_tables"]
 
@@ -29,8 +29,6 @@ _Columns = tuple[int, ...]
 # Part of the purse for coarse tables of all candidates, where not all are asked in full; and of a
 # round for its scores.
 _COARSE, _SCORES = 0.15, 0.05
-# Part for the table of the column that says most of a target of many levels.
-_LEADING = 0.05
 # Fit between rounds.
 _BETWEEN = Effort(1, 128, 150)
 
@@ -126,17 +124,19 @@ def choose_tables(survey: Survey, choice: Choice, *, device: str = "cpu") -> Mix
     if tables < len(left):
         pairs = survey.merged(left, (survey.purse.left - deep) * _COARSE, groups)
     coarse = Coarse(groups, tuple(pairs))
+    leads = None
     if again and classed(layout):
-        held += survey.tables([_leading(marginals)], [(survey.purse.left - deep) * _LEADING])
+        leads = ask_leading(survey, survey.purse.left - deep)
+        held += leads.alone[1:]
     model, joined = Mixture.naive_bayes(marginals, layout), _joined(left, choice, layout)
     for turn in range(rounds):
         share = (survey.purse.left - deep) / (rounds - turn)
         wanted = _turn(tables, rounds, turn)
         options = left + [joined[columns] for columns in left if columns in joined]
         expected = {columns: marginals.rows * model.table(columns, layout) for columns in options}
-        answers = _asked(survey, expected, held, wanted, share)
-        taken = [table.columns for table in answers]
-        held += answers
+        new = _asked(survey, expected, held, wanted, share)
+        taken = [table.columns for table in new]
+        held += new
         if not again:
             left = [columns for columns in left if columns not in taken]
             joined = {apart: one for apart, one in joined.items() if one not in taken}
@@ -148,18 +148,16 @@ def choose_tables(survey: Survey, choice: Choice, *, device: str = "cpu") -> Mix
         triples = ask_triples(survey, model, groups, survey.purse.left, apart=not again)
         facts = held, marginals, layout, survey.used, choice.effort
         model = fit_mixture(*facts, coarse=replace(coarse, triples=triples), device=device)
-    return model
+    return model if leads is None else replace(model, leading=_led(leads, model, survey))
 
 
-def _leading(marginals: Marginals) -> _Columns:
-    """Columns of the label × column table of largest contingency."""
-
-    def strength(table: NoisyTable) -> float:
-        counts = torch.from_numpy(table.counts)
-        expected = marginals.prior[:, None] * counts.sum(0).clamp_min(0)
-        return contingency(counts, expected, table.sigma)
-
-    return max(marginals.tables, key=strength).columns
+def _led(leads: Answers, model: Mixture, survey: Survey) -> Leading | None:
+    """What leads, in the counts that the mixture expects."""
+    asked = [leads.alone[0].columns]
+    if leads.both is not None:
+        asked.append(leads.both.columns[1:])
+    rows, layout = survey.marginals.rows, survey.layout
+    return leads.found({columns: rows * model.table(columns, layout) for columns in asked})
 
 
 def _asked(

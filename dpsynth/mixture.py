@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dpsynth.coarse import Coarse, Groups
 from dpsynth.codec import Layout
+from dpsynth.leading import Leading
 from dpsynth.marginals import Marginals, NoisyTable
 from dpsynth.randomness import stream
 
@@ -72,10 +73,12 @@ class Mixture:
     Attributes:
         weight: Share of each component (K,).
         levels: Their distributions, side by side (K, W); levels that cannot occur have none.
+        leading: What is known besides of a target of many levels.
     """
 
     weight: Tensor
     levels: Tensor
+    leading: Leading | None = None
 
     def table(self, columns: Sequence[int], layout: Layout) -> np.ndarray:
         """Probability of each cell of a table of at most four columns."""

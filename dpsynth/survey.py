@@ -122,6 +122,33 @@ class Survey:
         scores = heavy * (np.array(gaps) - less)
         return asked[self.purse.choose(scores, share, float(heavy.max()))]
 
+    def interacting(
+        self,
+        expected: Mapping[_Columns, np.ndarray],
+        share: float,
+        *,
+        penalties: Sequence[float],
+        least: float,
+    ) -> _Columns | None:
+        """One table of three columns that is farther from what is expected of it than it is without
+        its first column, by the exponential mechanism; `None` where none is by so much.
+
+        Its score is Σ|count - expected| of its cells, less the same of its last two columns, less
+        its penalty, which one row more or less changes by 2 at most; that of none is `least`.
+
+        Args:
+            expected: Expected counts by columns.
+            share: Part of the purse.
+            penalties: One a table.
+            least: Rows.
+        """
+        gaps = [
+            np.abs(counts - wanted).sum() - np.abs((counts - wanted).sum(0)).sum()
+            for counts, wanted in zip(self._count(list(expected)), expected.values(), strict=True)
+        ]
+        scores = np.append(np.array(gaps) - np.asarray(penalties), least)
+        return [*expected, None][self.purse.choose(scores, share, 2.0)]
+
     def _count(self, asked: Sequence[_Columns], groups: Groups | None = None) -> list[np.ndarray]:
         """Exact counts, piece by piece: rows may lie on disk."""
         levels = self.layout.levels if groups is None else groups.layout.levels

@@ -350,11 +350,28 @@ def test_of_many_levels_the_column_that_says_most_is_asked_about_first(mu: float
     measurer = Measurer(Ledger(1e-5), mu, 1, stream(0, "x"))
     survey = watched(torch.from_numpy(codes), layout, measurer, mu)
     choice = Choice(4, 2, QUICK, triples=0.0)
-    choose_tables(survey, choice)
+    model = choose_tables(survey, choice)
     first, share = survey.asked[0]
     assert survey.rounds[0] == [first] == [(1, 2)]
     assert share == pytest.approx(0.85 * 0.05)
     assert len(survey.asked) == 5
+    assert model.leading is not None and model.leading.columns == (2,)
+
+
+@pytest.mark.parametrize("mu", [0.3, 3.0, FREE])
+def test_two_columns_that_decide_a_target_of_many_levels_lead_together(mu: float) -> None:
+    """Its levels are tenths of a number apart for each level of another column."""
+    layout, rng = Layout((3, 10, 30, 4, 5), target=1), np.random.default_rng(6)
+    codes = rng.integers(0, layout.levels, (20_000, 5))
+    codes[:, 2] = (codes[:, 1] * 2 + rng.integers(0, 2, 20_000) + 3 * codes[:, 3]).clip(max=29)
+    measurer = Measurer(Ledger(1e-5), mu, 1, stream(0, "x"))
+    survey = watched(torch.from_numpy(codes), layout, measurer, mu)
+    model = choose_tables(survey, Choice(4, 2, QUICK, triples=0.0))
+    assert [asked for asked, _ in survey.asked[:2]] == [(1, 2), (1, 2, 3)]
+    assert model.leading is not None and model.leading.columns == (2, 3)
+    fresh = torch.from_numpy(codes[:2000])
+    right = (model.leading.scores(fresh, layout).argmax(1) == fresh[:, 1]).double().mean()
+    assert right > (0.75 if mu < 1 else 0.93)
 
 
 def test_much_budget_asks_for_all_tables_apart() -> None:
@@ -396,6 +413,11 @@ class Fixed(Measurer):
     def answering(self, what: str, mu: float, queries: int) -> HistogramNoise:
         self.spent.append((mu, queries))
         return _Fixed(super().answering(what, mu, queries), self.rng)
+
+    def choosing(self, what: str, epsilon: float, scores: np.ndarray, sensitivity: float) -> int:
+        self.spent.append((epsilon, len(scores)))
+        super().choosing(what, epsilon, scores, sensitivity)
+        return int(self.rng.integers(len(scores)))
 
 
 class _Fixed(HistogramNoise):

@@ -270,3 +270,55 @@ def test_one_row_less_moves_a_score_by_its_weight_at_most(row: int, weights: lis
         survey.purse = Watched()  # type: ignore[assignment]
         survey.farthest(expected, 0.1, weights=weights)
     assert (np.abs(seen[0] - seen[1]) <= np.array(weights) + 1e-9).all()
+
+
+# What hangs on a column where others are known
+
+
+def interacting(codes: Tensor) -> dict[tuple[int, ...], np.ndarray]:
+    """Expectations: of three rows in another level of the first column; of six rows in other levels
+    of both others."""
+    found = {columns: counted(codes, columns) for columns in [(2, 0, 1), (2, 0, 3)]}
+    found[2, 0, 1][:, 0, 0] += (3, -3)
+    found[2, 0, 3][:, 0, 0] += 6
+    return found
+
+
+def test_the_table_is_taken_that_is_wrong_beyond_its_last_columns_or_none() -> None:
+    codes = codes_of(400)
+    survey = survey_of([codes], purse_of(FREE))
+    expected = interacting(codes)
+
+    def taken(penalties: list[float], least: float) -> tuple[int, ...] | None:
+        return survey.interacting(expected, 0.1, penalties=penalties, least=least)
+
+    assert taken([0, 0], 5) == (2, 0, 1)
+    assert taken([0, 0], 7) is taken([2, 2], 5) is None
+    assert taken([2, -5], 3) == (2, 0, 3)
+    assert survey.purse.left == pytest.approx(0.6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 399), st.integers(0, 2**16))
+def test_one_row_less_moves_what_it_is_wrong_by_by_2_at_most(row: int, seed: int) -> None:
+    codes, rng = codes_of(400), np.random.default_rng(seed)
+    expected = {
+        columns: rng.exponential(
+            counted(codes, columns).mean(), [LAYOUT.levels[c] for c in columns]
+        )
+        for columns in [(2, 0, 1), (2, 0, 3), (2, 3, 1)]
+    }
+    seen: list[np.ndarray] = []
+
+    class Watched:
+        def choose(self, scores: np.ndarray, share: float, sensitivity: float) -> int:
+            assert (share, sensitivity) == (0.25, 2.0)
+            seen.append(scores)
+            return 0
+
+    for rows in (codes, torch.cat([codes[:row], codes[row + 1 :]])):
+        survey = survey_of([rows], purse_of(FREE))
+        survey.purse = Watched()  # type: ignore[assignment]
+        survey.interacting(expected, 0.25, penalties=[1, 2, 3], least=4.0)
+    assert (np.abs(seen[0] - seen[1]) <= 2 + 1e-9).all()
+    assert seen[0][-1] == seen[1][-1] == 4.0

@@ -16,6 +16,8 @@ __all__ = ["additive_logits"]
 # the least part of that; and of the leading column's, whose table is where scores start.
 _PRIOR, _LEAST, _LEAD = 8.0, 1e-3, 0.25
 _SWEEPS, _DAMPING = 15, 0.8
+# How far, as a part of it, a count of a model's rows may be off that would be right of real ones.
+_OFF = 0.1
 
 
 def additive_logits(
@@ -24,7 +26,8 @@ def additive_logits(
     prior_logits: Float[Tensor, " groups"],
     noise: float,
     *,
-    led: bool = False,
+    start: Float[Tensor, "rows groups"] | None = None,
+    led: Sequence[int] = (),
 ) -> Float[Tensor, "rows groups"]:
     """Scores of each target level for synthetic rows: an intercept and one contribution a level.
 
@@ -36,16 +39,18 @@ def additive_logits(
     alone would show is taken off: a column that tells nothing then adds nothing. Diagonal Newton
     steps, column by column.
 
-    Where one column all but decides the target, its table is nearly all there is to know, and
-    contributions of moderate size cannot say it: scores then start at that table, unless more of it
-    is noise than signal, and φ² of the others is what theirs show beyond these scores.
+    Where a column or two all but decide the target, their table is nearly all there is to know, and
+    contributions of moderate size cannot say it: scores then start there, and φ² of the others is
+    what theirs show beyond these scores. What goes together with such columns does so less in a
+    model's rows than in real ones, so that counts need be met to a tenth only.
 
     Args:
         codes: Levels of each column but the target, of which there is at least one.
         tables: Shares of all rows by target level and level, one table a column.
         prior_logits: Log of the target's shares; a level at -1e4 stays impossible.
         noise: Standard deviation of the noise in a cell, as a share of all rows.
-        led: Whether scores start at the table of the column with the largest contingency.
+        start: Scores to start at, by default the target's shares.
+        led: Positions of the columns that these are of.
 
     Returns:
         Unnormalised logits.
@@ -53,12 +58,12 @@ def additive_logits(
     groups, prior = len(prior_logits), prior_logits.softmax(-1)
     logits = prior_logits.expand(len(codes[0]), groups).clone()
     parts = [_Column(code, table, prior, noise) for code, table in zip(codes, tables, strict=True)]
-    lead = max(parts, key=lambda part: part.contingency)
-    if led and lead.contingency > lead.by_chance:
-        logits = torch.where(prior > 0, lead.shares.log(), prior_logits)[lead.code]
+    if start is not None:
+        logits = torch.where(prior > 0, start.to(logits), prior_logits)
         share = logits.softmax(-1)
-        for part in parts:
-            part.prior = _LEAD if part is lead else _held_back(part.beyond(share))
+        for place, part in enumerate(parts):
+            part.variance = part.variance + (_OFF * part.wanted).square()
+            part.prior = _LEAD if place in led else _held_back(part.beyond(share))
     for _ in range(_SWEEPS):
         for part in parts:
             logits += part.step(logits.softmax(-1))[part.code]
@@ -77,14 +82,12 @@ class _Column:
         mass = table.sum(0)[:, None] * rows
         # A level that the tables know nothing of has the shares of the whole.
         known = table.T * rows + prior
-        self.shares = known / (mass + 1)
         self.wanted = self.count * known / (mass + 1)
         # A count is rounded by drawing, if by nothing else.
         self.variance = (noise * rows * self.count / (mass + 1)).square() + 1
         self.held = table.new_zeros(levels, groups)
         expected = prior[:, None] * table.sum(0)
         self.contingency = contingency(table, expected, noise)
-        self.by_chance = -contingency(expected, expected, noise)  # what noise adds
         self.prior = _held_back(self.contingency) if groups > 2 else _PRIOR
         # Two scores that move together by half of Newton's step each.
         self.together = groups / max(groups - 1, 1)

@@ -17,8 +17,9 @@ from dpsynth.codec import Layout
 from dpsynth.counter import CounterRng
 from dpsynth.devices import resolve
 from dpsynth.draws import RecordRng
+from dpsynth.leading import Answers, Leading, cells_of
 from dpsynth.marginals import Marginals
-from dpsynth.mixture import Mixture, classed
+from dpsynth.mixture import Mixture, anchored, classed
 from dpsynth.models.captured import CapturedSteps
 from dpsynth.models.labels import LabelHead, balanced
 from dpsynth.models.reconcile import corrected, evenly_within
@@ -90,6 +91,8 @@ class Generator(lightning.LightningModule, ABC):
     component_logits: Tensor
     level_rank: Tensor
     noise: Tensor
+    leading_columns: Tensor
+    leading_logits: Tensor
     completed: Tensor
 
     def __init__(
@@ -121,6 +124,13 @@ class Generator(lightning.LightningModule, ABC):
         self._heads: tuple[tuple[int, ...], list[LabelHead]] | None = None
         self.register_buffer("level_rank", torch.zeros(runs, width))
         self.register_buffer("noise", torch.zeros(runs))
+        self.leads = classed(layout) and not anchored(layout) and layout.columns > 1
+        if self.leads:
+            # Positions of the columns that lead; -1 for none.
+            self.register_buffer("leading_columns", torch.full((runs, 2), -1))
+            shape = (runs, groups, cells_of(layout))
+            self.register_buffer("leading_logits", torch.zeros(shape))
+            self.register_load_state_dict_pre_hook(_nothing_leads)
         if components:
             self.register_buffer("weight_logits", torch.full((runs, components), _NEVER))
             self.register_buffer("component_logits", torch.zeros(runs, components, width))
@@ -227,9 +237,19 @@ class Generator(lightning.LightningModule, ABC):
             opened = FleetRng([0] * self.runs, device=rng.device, dtype=rng.dtype).at("labels")
             seen = self._rows(self._enough(*_SEEN), opened, {}).cpu()
             ranks = self.level_rank.cpu()
-            heads = [LabelHead(seen[r], ranks[r], self.layout) for r in range(self.runs)]
+            heads = [
+                LabelHead(seen[r], ranks[r], self.layout, self._leading(r))
+                for r in range(self.runs)
+            ]
             self._heads = (state, heads)
         return self._heads[1]
+
+    def _leading(self, run: int) -> Leading | None:
+        """What leads in a run, if the target is of that kind and anything does."""
+        if not self.leads:
+            return None
+        columns = tuple(c for c in self.leading_columns[run].tolist() if c >= 0)
+        return Leading(columns, self.leading_logits[run].cpu()) if columns else None
 
     def reconciled(self, logits: Tensor, component: Tensor, group: Tensor) -> Tensor:
         """Logits (runs, rows, W) whose means given the target are those of the tables."""
@@ -315,8 +335,23 @@ class Generator(lightning.LightningModule, ABC):
             blocks = tables.values.split(list(self.layout.levels))
             ranks = [block.argsort(stable=True).argsort() for block in blocks]
             self.level_rank[run] = torch.cat(ranks).to(self.level_rank)
+            if self.leads:
+                self._take_leading(run, tables, found[run])
         if self.components:
             self._take_components(held, used, found)
+
+    def _take_leading(self, run: int, tables: Marginals, found: Any) -> None:
+        """What leads by the tables asked besides, or by the label × column tables alone."""
+        leading = found.leading if isinstance(found, Mixture) else None
+        if not isinstance(found, Mixture):
+            answers = Answers.measured(tables)
+            given = tables.given.split(list(self.layout.levels), dim=1)[answers.column]
+            counts = tables.rows * tables.prior[:, None] * given
+            leading = answers.found({answers.alone[0].columns: counts.numpy()})
+        self.leading_columns[run] = -1
+        if leading is not None:
+            self.leading_columns[run, : len(leading.columns)] = torch.tensor(leading.columns)
+            self.leading_logits[run, :, : leading.logits.shape[1]] = leading.logits
 
     def _take_tables(self, marginals: Sequence[Marginals], used: Sequence[Tensor]) -> None:
         prior = torch.stack([m.prior.clamp_min(1e-6).log() for m in marginals])
@@ -712,3 +747,9 @@ class Generator(lightning.LightningModule, ABC):
     def chunks(self, rows: int, size: int = 8192) -> list[int]:
         """Sizes of the pieces that `rows` are sampled in."""
         return [min(size, rows - start) for start in range(0, rows, size)]
+
+
+def _nothing_leads(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Runs that were saved before anything led: nothing does."""
+    for name in ("leading_columns", "leading_logits"):
+        state.setdefault(prefix + name, getattr(module, name))

@@ -16,6 +16,7 @@ from sklearn.tree import DecisionTreeRegressor
 from torch import Tensor
 
 from dpsynth.codec import Layout
+from dpsynth.leading import Leading
 from dpsynth.mixture import anchored
 from dpsynth.models.additive import additive_logits
 
@@ -46,17 +47,21 @@ class LabelHead:
     the other, boosted trees fitted to rows that the generator drew, knows what the generator knows
     of interactions but not the noise that single rows of it carry. Each counts a half, the additive
     one less by the share of what the trees explain of such rows' labels that it does not. For a
-    target of more levels than components are told apart by, the additive one starts at the table of
-    one column and counts .8, less only where it explains not even half of what the trees do.
+    target of more levels than components are told apart by, the additive one starts at what leads
+    and counts .8, less only where it explains not even half of what the trees do.
 
     Args:
         rows: Codes that the generator drew, the target included (rows, D).
         rank: Place of each level in its column's order (W,).
         layout: Public shape, with a target.
+        leading: Where the additive model starts.
     """
 
-    def __init__(self, rows: Tensor, rank: Tensor, layout: Layout) -> None:
+    def __init__(
+        self, rows: Tensor, rank: Tensor, layout: Layout, leading: Leading | None = None
+    ) -> None:
         assert layout.target is not None
+        self.leading = leading
         self.layout, self._rank, self.target = layout, rank, layout.target
         self.others = [j for j in range(layout.columns) if j != self.target]
         kept = max(1, round(_HELD * len(rows)))
@@ -116,8 +121,12 @@ class LabelHead:
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities by the additive model and by the trees (rows, groups)."""
         columns = [codes[:, j] for j in self.others]
-        led = not anchored(self.layout)
-        additive = additive_logits(columns, tables, prior_logits, noise, led=led).log_softmax(-1)
+        start, led = None, []
+        if self.leading is not None:
+            start = self.leading.scores(codes, self.layout)
+            led = [self.others.index(column) for column in self.leading.columns]
+        additive = additive_logits(columns, tables, prior_logits, noise, start=start, led=led)
+        additive = additive.log_softmax(-1)
         return additive, self._boosted(codes, additive)
 
     def _share(self, additive: Tensor, boosted: Tensor) -> float:
