@@ -8,7 +8,7 @@ other column is looked at: whether the target hangs on it where the leading colu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,15 +80,30 @@ class Answers:
     both: NoisyTable | None = None
 
     @classmethod
-    def measured(cls, marginals: Marginals) -> Answers:
-        """The label × column table of largest contingency."""
+    def measured(cls, tables: Sequence[NoisyTable], prior: Tensor) -> Answers:
+        """That of largest contingency.
+
+        Args:
+            tables: Of the target and one column each.
+            prior: The target's shares (groups,).
+        """
 
         def strength(table: NoisyTable) -> float:
             counts = torch.from_numpy(table.counts)
-            expected = marginals.prior[:, None] * counts.sum(0).clamp_min(0)
+            expected = prior[:, None] * counts.sum(0).clamp_min(0)
             return contingency(counts, expected, table.sigma)
 
-        return cls((max(marginals.tables, key=strength),))
+        return cls((max(tables, key=strength),))
+
+    @classmethod
+    def settled(cls, marginals: Marginals, layout: Layout) -> Answers:
+        """The same of tables that have been made distributions."""
+        assert layout.target is not None
+        blocks = marginals.given.split(list(layout.levels), dim=1)
+        counts = [(marginals.rows * marginals.prior[:, None] * block).numpy() for block in blocks]
+        sigma = marginals.rows * marginals.noise
+        tables = [NoisyTable((layout.target, j), table, sigma) for j, table in enumerate(counts)]
+        return cls.measured(tables[: layout.target] + tables[layout.target + 1 :], marginals.prior)
 
     @property
     def column(self) -> int:
@@ -131,7 +146,8 @@ def ask_leading(survey: Survey, purse: float) -> Answers:
         survey: Answers.
         purse: Part of its purse that shares are of; not all is spent.
     """
-    known = Answers.measured(survey.marginals).alone[0]
+    marginals = survey.marginals
+    known = Answers.measured(marginals.tables, marginals.prior).alone[0]
     again = survey.tables([known.columns], [purse * _LEADING])
     found = Answers((known, *again))
     expected = _independent(survey, found)
@@ -144,7 +160,7 @@ def ask_leading(survey: Survey, purse: float) -> Answers:
         by_chance(table) - by_chance(table.sum(0)) + spoilt + _WORTH * blurred(table, sigma)
         for table in expected.values()
     ]
-    least = _LEAST * survey.marginals.rows
+    least = _LEAST * marginals.rows
     both = survey.interacting(expected, purse * _CHOICE, penalties=penalties, least=least)
     if both is None:
         return found

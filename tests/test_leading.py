@@ -99,6 +99,18 @@ def test_nothing_leads_where_its_table_is_more_noise_than_signal(sigma: float) -
     assert sum(leading is None for leading in found) > 40
 
 
+def test_of_settled_tables_the_column_is_found_and_kept_as_it_is() -> None:
+    codes = nested(4000)
+    marginals = survey_of([codes], purse_of(FREE), MANY).marginals
+    answers = Answers.settled(marginals, MANY)
+    counts = counted(codes, (1, 0), MANY)
+    assert answers.column == 0 and answers.both is None
+    np.testing.assert_allclose(answers.alone[0].counts, counts)
+    found = answers.found({(1, 0): answers.alone[0].counts})
+    assert found is not None and found.columns == (0,)
+    np.testing.assert_allclose(found.logits.exp(), counts / counts.sum(0), atol=1e-3)
+
+
 def test_answers_of_the_same_column_count_by_their_noise() -> None:
     table = np.arange(40.0).reshape(10, 4)
     one, two = NoisyTable((1, 0), table, 1.0), NoisyTable((1, 0), table + 10, 3.0)

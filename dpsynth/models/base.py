@@ -344,10 +344,8 @@ class Generator(lightning.LightningModule, ABC):
         """What leads by the tables asked besides, or by the label × column tables alone."""
         leading = found.leading if isinstance(found, Mixture) else None
         if not isinstance(found, Mixture):
-            answers = Answers.measured(tables)
-            given = tables.given.split(list(self.layout.levels), dim=1)[answers.column]
-            counts = tables.rows * tables.prior[:, None] * given
-            leading = answers.found({answers.alone[0].columns: counts.numpy()})
+            answers = Answers.settled(tables, self.layout)
+            leading = answers.found({answers.alone[0].columns: answers.alone[0].counts})
         self.leading_columns[run] = -1
         if leading is not None:
             self.leading_columns[run, : len(leading.columns)] = torch.tensor(leading.columns)
