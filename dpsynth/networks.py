@@ -6,7 +6,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -59,8 +58,8 @@ class FleetLinear(nn.Module):
 
 
 class FleetMaskedLinear(nn.Module):
-    """y = x (W ∘ M) for R runs, no bias: blocks of outputs see the blocks of inputs whose place is
-    before theirs (MADE, Germain et al. 2015).
+    """y = x (W ∘ M) for R runs, no bias: a block of outputs sees those blocks of inputs whose place
+    is before its own (MADE, Germain et al. 2015).
 
     Inputs and outputs are (runs, batch, [draws,] width), blocks side by side. A weight that the
     mask hides has gradient 0 and no effect; under DP-SGD it gets noise like all others, and is
@@ -68,53 +67,35 @@ class FleetMaskedLinear(nn.Module):
 
     Args:
         runs: R.
-        levels: Length of each block of inputs.
-        outputs: Length of each block of outputs; by default they are those of the inputs, and in
-            the same places.
+        levels: Length of each block.
 
     Attributes:
-        rank: Place of each block of inputs in the order of a run (runs, blocks); as they stand at
-            first.
-        reached: Place of each block of outputs (runs, blocks); `rank` itself by default.
+        rank: Place of each block in the order of a run (runs, blocks); as they stand at first.
     """
 
     rank: Tensor
 
-    def __init__(
-        self, runs: int, levels: Sequence[int], outputs: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, runs: int, levels: Sequence[int]) -> None:
         super().__init__()
-        for name, counts in (("levels", levels), ("outputs", outputs or ())):
-            for count in counts:
-                check_count(name, count)
+        for count in levels:
+            check_count("levels", count)
         self.levels = list(levels)
-        self.outputs = self.levels if outputs is None else list(outputs)
-        self.weight = nn.Parameter(torch.zeros(runs, sum(self.levels), sum(self.outputs)))
+        self.weight = nn.Parameter(torch.zeros(runs, sum(levels), sum(levels)))
         self.register_buffer("rank", torch.arange(len(levels)).repeat(runs, 1))
-        self.own = outputs is not None
-        if self.own:
-            self.register_buffer("after", torch.arange(len(self.outputs)).repeat(runs, 1))
-
-    @property
-    def reached(self) -> Tensor:
-        return cast(Tensor, self.after) if self.own else self.rank
 
     def reset(self, rng: FleetRng) -> None:
         """Weights 0; nothing is drawn."""
         nn.init.zeros_(self.weight)
 
-    def before(self) -> Bool[Tensor, "runs sources blocks"]:
+    def before(self) -> Bool[Tensor, "runs blocks blocks"]:
         """Which blocks of inputs are seen by which of outputs."""
-        return self.rank[:, :, None] < self.reached[:, None, :]
+        return self.rank[:, :, None] < self.rank[:, None, :]
 
     def mask(self) -> Bool[Tensor, "runs inputs outputs"]:
         """Which weights are used."""
-        device = self.rank.device
-        rows, columns = (
-            torch.tensor([j for j, count in enumerate(counts) for _ in range(count)], device=device)
-            for counts in (self.levels, self.outputs)
-        )
-        return self.before()[:, rows][:, :, columns]
+        each = [j for j, count in enumerate(self.levels) for _ in range(count)]
+        block = torch.tensor(each, device=self.rank.device)
+        return self.before()[:, block][:, :, block]
 
     def masked(self) -> Float[Tensor, "runs inputs outputs"]:
         """The weights that are used, 0 elsewhere."""

@@ -12,7 +12,10 @@ from torch.optim.adam import adam
 
 from dpsynth.shapes import expand
 
-__all__ = ["FleetAdam", "FleetSgd", "RunwiseOptimizer"]
+__all__ = ["FALL", "FleetAdam", "FleetSgd", "RunwiseOptimizer"]
+
+# Last part of a training, in which learning rates fall linearly to 0.
+FALL = 0.3
 
 
 class RunwiseOptimizer(torch.optim.Optimizer, ABC):

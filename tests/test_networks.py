@@ -74,22 +74,6 @@ def test_a_masked_layer_leads_from_each_column_to_those_after_it(draws: tuple[in
     assert (layer.weight == 0).all()
     with pytest.raises(UsageError, match="levels=0"):
         FleetMaskedLinear(2, (3, 0))
-    with pytest.raises(UsageError, match="outputs=0"):
-        FleetMaskedLinear(2, (3, 1), (0,))
-
-
-def test_outputs_of_their_own_see_the_inputs_before_their_places() -> None:
-    layer, rng = FleetMaskedLinear(2, (2, 3, 1), (1, 2)).double(), fleet_rng(0, 1).at("x")
-    layer.rank.copy_(torch.tensor([[1, 0, 2], [2, 2, 0]]))
-    layer.reached.copy_(torch.tensor([[2, 1], [0, 3]]))
-    layer.weight.data = rng.normal(6, 3)
-    seen = torch.zeros(2, 6, 3)
-    seen[0, :5, 0] = 1  # places 1 and 0 before 2
-    seen[0, 2:5, 1:] = 1  # place 0 before 1
-    seen[1, :, 1:] = 1  # nothing before 0, all before 3
-    assert torch.equal(layer.mask(), seen.bool())
-    x = rng.normal(4, 6)
-    torch.testing.assert_close(layer(x), x @ (layer.weight * seen))
 
 
 @pytest.mark.parametrize(("inputs", "fan"), [(200, None), (200, 8)])

@@ -1,10 +1,10 @@
 """Linear autoregressive likelihood in a fixed order of the columns; samples meet the noisy tables.
 
 Each column has a softmax over its levels that is linear in the levels of the columns before it
-(Larochelle & Murray 2011; logits as in a fully visible sigmoid belief network, Neal 1992) and in
-products of two of them, and starts from the mixture that agrees with the noisy tables. Order,
-kernels, centres and scale follow from these: they are published with them and cost nothing. Why
-each of them lowers the noise of DP-SGD: docs/design/quality-network.md.
+(Larochelle & Murray 2011; logits as in a fully visible sigmoid belief network, Neal 1992), and
+starts from the mixture that agrees with the noisy tables. Order, kernels, centres and scale follow
+from these: they are published with them and cost nothing. Why each of them lowers the noise of
+DP-SGD: docs/design/quality-network.md.
 """
 
 from __future__ import annotations
@@ -14,17 +14,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dpsynth.checks import check_count
 from dpsynth.codec import Layout
 from dpsynth.marginals import Marginals
 from dpsynth.models.base import Generator
 from dpsynth.models.denoise import denoised
-from dpsynth.models.products import Products, leading
 from dpsynth.models.reconcile import corrected
 from dpsynth.networks import FleetMaskedLinear, column_log_likelihood, draw_level, sample_columns
-from dpsynth.optimizers import FleetSgd
+from dpsynth.optimizers import FALL, FleetSgd
 from dpsynth.privacy.calibration import whole_mu
 from dpsynth.privacy.layers import masked_squared_norms
 from dpsynth.privacy.plan import PrivacyPlan
@@ -52,28 +50,21 @@ class Autoregressive(Generator):
     for a category. C is a quantile of the gradient norms of rows drawn from the tables, so one
     clipping bound, 1, fits every table.
 
-    To z_j comes what is linear in products of two columns before j, apart for each level of a
-    target of few: structure of three and four columns that no chosen table shows. At the end each
-    block of weights is drawn towards 0 by the share of it that is noise (`denoised`).
+    At the end weights are drawn towards 0 as far as they are noise (`denoised`).
 
     Args:
         lr: Learning rate of plain SGD in units of the features before they are divided by C; less
             in a run whose noise would otherwise put more than 0.4 on a weight.
-        products: Most directions of a column that enter products; 0 for none.
     """
 
     family = "autoregressive"
     suits = (
-        "The usual choice: products of columns can learn what hangs on more of them at once than "
-        "any table that is asked for. Without such structure, mixture is as good and faster."
+        "The usual choice: it learns how all pairs of columns go together, whether their table "
+        "was asked for or not, which tells in wide tables. In others mixture is as good and faster."
     )
 
     root: Tensor
     mean: Tensor
-    basis: Tensor
-    basis_mean: Tensor
-    left: Tensor
-    right: Tensor
     scale: Tensor
 
     def __init__(
@@ -82,26 +73,15 @@ class Autoregressive(Generator):
         runs: int,
         *,
         lr: float | Sequence[float] = _RATE,
-        products: int = 2,
         **common: Any,
     ) -> None:
         super().__init__(layout, runs, lr=lr, **common)
-        check_count("products", products, least=0)
-        self.products = Products.of(layout, products)
-        self.network = nn.ModuleDict({"linear": FleetMaskedLinear(runs, layout.levels)})
+        self.network = FleetMaskedLinear(runs, layout.levels)
         # Row w holds the root's row of level w in its own column, padded to the longest.
         self.register_buffer("root", torch.zeros(runs, layout.width, max(layout.levels)))
         starts = self.components or layout.groups
         self.register_buffer("mean", torch.zeros(runs, starts, layout.width))
         self.register_buffer("scale", torch.ones(runs))
-        if (made := self.products) is not None:
-            layer = FleetMaskedLinear(runs, made.blocks, [*made.directions.values()])
-            self.network["products"] = layer
-            # Row w holds the directions of the column of level w, at its part.
-            self.register_buffer("basis", torch.zeros(runs, layout.width, made.width))
-            self.register_buffer("basis_mean", torch.zeros(runs, starts, made.width))
-            self.register_buffer("left", made.left, persistent=False)
-            self.register_buffer("right", made.right, persistent=False)
 
     @classmethod
     def planned(cls, plan: PrivacyPlan, columns: int) -> Mapping[str, Any]:
@@ -121,25 +101,14 @@ class Autoregressive(Generator):
         steps = round(min(max(steps, _STEPS[0]), _STEPS[1]))
         return {"steps": steps, "batch": max(_BATCH, round(2 * signal / math.sqrt(steps)))}
 
-    def _layer(self, name: str) -> FleetMaskedLinear:
-        assert isinstance(self.network, nn.ModuleDict)
-        layer = self.network[name]
-        assert isinstance(layer, FleetMaskedLinear)
-        return layer
-
     @property
     def _linear(self) -> FleetMaskedLinear:
-        return self._layer("linear")
-
-    @property
-    def _layers(self) -> list[FleetMaskedLinear]:
-        assert isinstance(self.network, nn.ModuleDict)
-        return [self._layer(name) for name in self.network]
+        assert isinstance(self.network, FleetMaskedLinear)
+        return self.network
 
     def reset(self, rng: FleetRng) -> None:
         """Weights 0: the start is the mixture, or without components a DP naive Bayes."""
-        for layer in self._layers:
-            layer.reset(rng)
+        self._linear.reset(rng)
 
     # -- what follows from the tables ---------------------------------------------------------
 
@@ -161,15 +130,6 @@ class Autoregressive(Generator):
                 if j != self.layout.target:
                     self.root[run, block, :levels] = root.to(self.root)
                     self.mean[run, :, block] = law @ root.to(start)
-                if self.products is not None and j in self.products.parts:
-                    part = self.products.parts[j]
-                    basis = leading(root, share, part.stop - part.start)
-                    self.basis[run, block, part] = basis.to(self.basis)
-                    self.basis_mean[run, :, part] = law @ basis.to(start)
-            if self.products is not None:
-                rank, layer = self._linear.rank[run], self._layer("products")
-                layer.rank[run] = self.products.places(rank)
-                layer.reached[run] = rank[list(self.products.parts)]
         self.scale.fill_(1.0)
         pieces = [
             self._norms(size, rng.at("init:scale", number))
@@ -196,22 +156,20 @@ class Autoregressive(Generator):
 
     def _norms(self, rows: int, rng: FleetRng) -> Tensor:
         """Norms of the gradients of rows drawn from the tables, at weights of 0 (runs, rows)."""
+        return self._gradients(rows, rng)[2]
+
+    def _gradients(self, rows: int, rng: FleetRng) -> tuple[Tensor, Tensor, Tensor]:
+        """Of rows drawn from the tables, at weights of 0: the layer's inputs and the gradients at
+        its outputs (runs, rows, W), and the norms of the weights' own (runs, rows)."""
         levels = list(self.layout.levels)
         component, group = self.draw_components(rows, rng, None)
         start = self.offset(component)
         codes = self.with_target(sample_columns(start, levels, rng), group)
         share = torch.cat([block.softmax(-1) for block in start.split(levels, -1)], dim=-1)
         back = self.layout.one_hot(codes, share.dtype) - share
-        squared = masked_squared_norms(
-            self.features(codes, component)[:, :, None],
-            self._rooted(back)[:, :, None],
-            self._linear,
-        )
-        if self.products is not None:
-            a = self.product_features(codes, component)[:, :, None]
-            b = (back @ self.basis)[:, :, None]
-            squared = squared + masked_squared_norms(a, b, self._layer("products"))
-        return squared.sqrt().clamp_min(1e-6)
+        a, b = self.features(codes, component), self._rooted(back)
+        squared = masked_squared_norms(a[:, :, None], b[:, :, None], self._linear)
+        return a, b, squared.sqrt().clamp_min(1e-6)
 
     # -- likelihood ---------------------------------------------------------------------------
 
@@ -224,19 +182,6 @@ class Autoregressive(Generator):
         rows = [padded[..., j, :levels] for j, levels in enumerate(self.layout.levels)]
         centred = torch.cat(rows, dim=-1) - self.mean[run, component]
         return centred / self.scale[:, None, None]
-
-    def product_features(self, codes: Tensor, component: Tensor) -> Tensor:
-        """Products of centred directions, 0 but for the row's own target level where levels are
-        apart: codes (runs, rows, D), components (runs, rows) -> (runs, rows, F G)."""
-        assert self.products is not None
-        run = torch.arange(self.runs, device=codes.device)[:, None]
-        places = codes + torch.tensor(self.layout.offsets, device=codes.device)
-        at = self.basis[run[..., None], places].sum(2) - self.basis_mean[run, component]
-        made = at[..., self.left] * at[..., self.right] / self.scale[:, None, None]
-        if self.products.groups == 1:
-            return made
-        mine = self.group_one_hot(self.layout.group_of(codes).long())
-        return (mine[..., :, None] * made[..., None, :]).flatten(-2)
 
     def _rooted(self, x: Tensor) -> Tensor:
         """R_j times the block of each column (runs, rows, W)."""
@@ -251,11 +196,7 @@ class Autoregressive(Generator):
         """Scores of every column's levels given its component and the columns before it (runs,
         rows, W)."""
         features = self.features(codes, component)
-        logits = self.offset(component) + self._rooted(self._linear(features))
-        if self.products is None:
-            return logits
-        found = self._layer("products")(self.product_features(codes, component))
-        return logits + found @ self.basis.mT
+        return self.offset(component) + self._rooted(self._linear(features))
 
     def record_loss(self, codes: Tensor, rng: FleetRng) -> Tensor:
         """-log p(x | k), with k drawn given x where there are components."""
@@ -270,11 +211,12 @@ class Autoregressive(Generator):
         return -column_log_likelihood(logits, codes, self.layout.levels).sum(-1)
 
     def configure_optimizers(self) -> Any:
-        rates = [
-            self._rate(run, lr) * scale**2
-            for run, (lr, scale) in enumerate(zip(self.lr, self.scale.tolist(), strict=True))
-        ]
-        return [FleetSgd(self.network.parameters(), torch.tensor(rates).to(self.scale))]
+        return [FleetSgd(self.network.parameters(), self._rates())]
+
+    def _rates(self) -> Tensor:
+        """Learning rate of each run (runs,)."""
+        rates = [self._rate(run, lr) for run, lr in enumerate(self.lr)]
+        return torch.tensor(rates).to(self.scale) * self.scale.square()
 
     def _rate(self, run: int, lr: float) -> float:
         """Learning rate of a run: at most that at which the noise of all its steps adds up to
@@ -287,9 +229,23 @@ class Autoregressive(Generator):
 
     def finish(self) -> None:
         """Sample from the averaged weights, less the noise in them, from now on."""
+        pull = self._pull() if self.total else None
         super().finish()
-        for layer in self._layers:
-            layer.weight.data.copy_(denoised(layer))
+        if pull is not None:
+            self._linear.weight.data.copy_(denoised(self._linear, pull))
+
+    @torch.no_grad()
+    def _pull(self) -> Tensor:
+        """Curvature of the clipped loss at each weight, by the Fisher information of the start,
+        times the learning rate, summed over a training's steps (runs, W, W)."""
+        rng, found = FleetRng([0] * self.runs, device=self.scale.device), 0.0
+        bound = torch.tensor([plan.bound for plan in self.plans]).to(self.scale)
+        for number, size in enumerate(self.chunks(_DRAWN, 512)):
+            a, b, norm = self._gradients(size, rng.at("curvature", number))
+            kept = (bound[:, None] / norm).clamp_max(1)
+            found = found + (a.square() * kept[..., None]).mT @ b.square() / _DRAWN
+        steps = torch.tensor([plan.steps for plan in self.plans]).to(self.scale)
+        return found * ((1 - FALL / 2) * self._rates() * steps)[:, None, None]
 
     # -- sampling -----------------------------------------------------------------------------
 
@@ -314,67 +270,18 @@ class Autoregressive(Generator):
         features = draws.new_zeros(len(draws), self.layout.width).to(self.root)
         weight, rank = self._linear.masked()[run], self._linear.rank[run]
         held = self.component_logits[run] if self.components else self.given_logits[run]
-        known = _Known(self, run, component, group)
         for j in rank.argsort().tolist():
             block = self._block(j)
             root = self.root[run, block, : self.layout.levels[j]]
             if j != self.layout.target:
                 start = held[:, block][component]
-                logits = start + features @ weight[:, block] @ root + known.logits(j)
+                logits = start + features @ weight[:, block] @ root
                 if self.reconcile:
                     logits = corrected(logits, start, group)
                 codes[:, j] = draw_level(logits, draws[:, j])
             centred = root[codes[:, j]] - self.mean[run, :, block][component]
             features[:, block] = centred / self.scale[run]
-            known.add(j, codes[:, j])
         return codes
-
-
-class _Known:
-    """What products say of rows of one run whose columns become known one by one.
-
-    Args:
-        model: Trained.
-        run: Which of its runs.
-        component: Of each row (rows,).
-        group: Its target's level (rows,).
-    """
-
-    def __init__(self, model: Autoregressive, run: int, component: Tensor, group: Tensor) -> None:
-        self.model, self.run, self.component, self.group = model, run, component, group
-        if (made := model.products) is None:
-            return
-        layer = model._layer("products")
-        self._weight = layer.masked()[run].unflatten(0, (made.groups, -1))
-        each = torch.tensor(made.blocks[: len(made.pairs)], device=layer.rank.device)
-        self._place = layer.rank[run, : len(made.pairs)].repeat_interleave(each)
-        self._at = layer.weight.new_zeros(len(group), made.width)
-        self._found = torch.zeros_like(self._at)
-
-    def logits(self, column: int) -> Tensor | float:
-        """What is added to a column's logits by the columns that are known (rows, levels)."""
-        made = self.model.products
-        if made is None:
-            return 0.0
-        part = made.parts[column]
-        return self._found[:, part] @ self.model.basis[self.run, self.model._block(column), part].T
-
-    def add(self, column: int, codes: Tensor) -> None:
-        """Take a column's levels (rows,), and its products with those before it."""
-        model, run, made = self.model, self.run, self.model.products
-        if made is None or column not in made.parts:
-            return
-        part = made.parts[column]
-        mean = model.basis_mean[run, :, part][self.component]
-        self._at[:, part] = model.basis[run, model._block(column), part][codes] - mean
-        new = (self._place == model._linear.rank[run, column]).nonzero().flatten()
-        both = self._at[:, model.left[new]] * self._at[:, model.right[new]] / model.scale[run]
-        if made.groups == 1:
-            self._found += both @ self._weight[0, new]
-            return
-        for level, weight in enumerate(self._weight):
-            mine = (self.group == level).nonzero().flatten()
-            self._found.index_add_(0, mine, both[mine] @ weight[new])
 
 
 def _root(values: Tensor, share: Tensor, used: Tensor) -> Tensor:

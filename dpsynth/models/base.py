@@ -24,7 +24,7 @@ from dpsynth.models.captured import CapturedSteps
 from dpsynth.models.labels import LabelHead, balanced
 from dpsynth.models.reconcile import corrected, evenly_within
 from dpsynth.networks import draw_level, evenly
-from dpsynth.optimizers import FleetAdam, RunwiseOptimizer
+from dpsynth.optimizers import FALL, FleetAdam, RunwiseOptimizer
 from dpsynth.privacy.batches import PoissonBatches
 from dpsynth.privacy.engine import PrivateEngine
 from dpsynth.privacy.plan import PrivacyPlan
@@ -637,7 +637,7 @@ class Generator(lightning.LightningModule, ABC):
 
     def _schedule(self, step: int | Tensor) -> None:
         """Give every optimizer the learning rates of this step; 0 for a run that is done."""
-        left = ((self._steps - step) / (0.3 * self._steps).clamp_min(0.3)).clamp(0, 1)
+        left = ((self._steps - step) / (FALL * self._steps).clamp_min(FALL)).clamp(0, 1)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 rate = group.setdefault("base_lr", group["lr"])

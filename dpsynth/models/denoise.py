@@ -2,35 +2,91 @@
 
 from __future__ import annotations
 
+import functools
+
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dpsynth.networks import FleetMaskedLinear
+from dpsynth.optimizers import FALL
 
-__all__ = ["denoised"]
+__all__ = ["denoised", "remaining"]
+
+# Pulls at which the noise that is left is tabled, and moments of training that it is summed over.
+_PULLS, _MOMENTS = np.geomspace(1e-6, 1e4, 201), 4000
 
 
-def denoised(layer: FleetMaskedLinear) -> Float[Tensor, "runs inputs outputs"]:
-    """The weights of a layer with each block drawn towards 0 by the share of it that is noise.
+def denoised(
+    layer: FleetMaskedLinear, pull: Float[Tensor, "runs inputs outputs"]
+) -> Float[Tensor, "runs inputs outputs"]:
+    """The weights of a layer drawn towards 0 as far as they are noise.
 
     Plain SGD brings the same noise to every weight, and those that the mask hides are nothing else:
-    their mean square is its variance s². A block w of d weights is multiplied by
-    1 - d s²/‖w‖², or 0 where that is negative (James & Stein 1961, positive part), so that what
-    was not learned leaves no noise behind. Hidden weights become 0, and a second call changes
-    nothing.
+    their mean square is its variance s². A weight w that the loss pulls at forgets some of it: by
+    the end it has the part a = 1 - exp(-pull) of what there is to learn, and noise of variance
+    n = s² `remaining(pull)`, as a quadratic loss has it. What there is to learn is N(0, τ²) in
+    each block, with τ² by the method of moments less its standard error without a signal; then w
+    is multiplied by a²τ² / (a²τ² + n). What was not learned leaves no noise behind. Hidden weights
+    become 0, and a second call changes nothing.
+
+    Args:
+        layer: Trained.
+        pull: Curvature of the loss at each weight, times the learning rate, summed over steps.
     """
-    mask = layer.mask()
-    square, hidden = layer.weight.double().square(), ~mask
-    noise = (square * hidden).sum((1, 2)) / hidden.sum((1, 2)).clamp_min(1)
-    rows, columns = (
-        torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(square.device)
-        for counts in (layer.levels, layer.outputs)
-    )
-    energy = square.new_zeros(len(square), len(layer.levels), len(layer.outputs))
-    within = square.new_zeros(len(square), len(layer.levels), square.shape[2])
-    energy.index_add_(2, columns, within.index_add_(1, rows, square))
-    size = torch.outer(torch.tensor(layer.levels), torch.tensor(layer.outputs)).to(energy)
-    share = 1 - noise[:, None, None] * size / energy.clamp_min(torch.finfo(energy.dtype).tiny)
-    kept = share.clamp_min(0)[:, rows][:, :, columns]
+    mask, weight = layer.mask(), layer.weight.double()
+    hidden = ~mask
+    noise = (weight.square() * hidden).sum((1, 2)) / hidden.sum((1, 2)).clamp_min(1)
+    pull = pull.double()
+    # In units of the noise of a weight that nothing pulls at.
+    unit = noise.clamp_min(torch.finfo(noise.dtype).tiny)[:, None, None]
+    left, learned = remaining(pull), (1 - (-pull).exp()).square() * mask
+    known = _by_block(layer, (learned / left).square())
+    beyond = _by_block(layer, learned / left.square() * (weight.square() / unit - left))
+    signal = (beyond - (2 * known).sqrt()).clamp_min(0) / known.clamp_min(1e-300)
+    part = learned * _spread(layer, signal)
+    kept = torch.where(noise[:, None, None] > 0, part / (part + left), 1.0)
     return torch.where(mask, layer.weight * kept.to(layer.weight), 0)
+
+
+def remaining(pull: Tensor) -> Tensor:
+    """Variance of the noise that a training leaves on a weight, over that without a pull.
+
+    Rates s(u), u from 0 to 1, are 1 and fall to 0 in the end: ∫ s² exp(-2 pull ∫_u s / ∫ s) du /
+    ∫ s² du.
+    """
+    logs, found = (torch.from_numpy(x).to(pull.device) for x in _table())
+    place = (pull.double().clamp(min=_PULLS[0], max=_PULLS[-1]).log() - logs[0]) / (
+        logs[1] - logs[0]
+    )
+    first = place.long().clamp(max=len(logs) - 2)
+    return torch.lerp(found[first], found[first + 1], place - first)
+
+
+@functools.lru_cache(maxsize=1)
+def _table() -> tuple[np.ndarray, np.ndarray]:
+    moments = (np.arange(_MOMENTS) + 0.5) / _MOMENTS
+    rate = np.minimum(1, (1 - moments) / FALL)
+    after = (rate[::-1].cumsum()[::-1] - rate / 2) / rate.sum()
+    left = [(rate**2 * np.exp(-2 * pull * after)).sum() for pull in _PULLS]
+    return np.log(_PULLS), np.array(left) / (rate**2).sum()
+
+
+def _block(layer: FleetMaskedLinear) -> Tensor:
+    """Block of each row, or column, of the weights."""
+    levels = torch.tensor(layer.levels)
+    return torch.arange(len(levels)).repeat_interleave(levels).to(layer.weight.device)
+
+
+def _by_block(layer: FleetMaskedLinear, x: Tensor) -> Tensor:
+    """Sums over blocks: (runs, inputs, outputs) -> (runs, blocks, blocks)."""
+    block, number = _block(layer), len(layer.levels)
+    rows = x.new_zeros(len(x), number, x.shape[2]).index_add_(1, block, x)
+    return x.new_zeros(len(x), number, number).index_add_(2, block, rows)
+
+
+def _spread(layer: FleetMaskedLinear, x: Tensor) -> Tensor:
+    """Each block's value at all of its weights."""
+    block = _block(layer)
+    return x[:, block][:, :, block]

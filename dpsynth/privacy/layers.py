@@ -214,15 +214,11 @@ def masked_squared_norms(
     lost = width * kind.tiny
     if draws == 1:
         ahead, behind = (
-            _by_block(x, counts, lambda p: p.square().sum((-1, -2)))
-            for x, counts in ((a, layer.levels), (b, layer.outputs))
+            _by_block(x, layer.levels, lambda p: p.square().sum((-1, -2))) for x in (a, b)
         )
         squared = (_before(ahead, layer) + lost) * (behind + lost)
         return squared.sum(-1) * (1 + slack)
-    left, right = (
-        _by_block(x, counts, lambda p: p @ p.mT)
-        for x, counts in ((a, layer.levels), (b, layer.outputs))
-    )
+    left, right = (_by_block(x, layer.levels, lambda p: p @ p.mT) for x in (a, b))
     left = _before(left, layer)
     lengths = [x.diagonal(dim1=-2, dim2=-1) + lost for x in (left, right)]
     most = (lengths[0] * lengths[1]).sum(2).sqrt().sum(-1).square()
