@@ -35,19 +35,33 @@ def denoised(
         layer: Trained.
         pull: Curvature of the loss at each weight, times the learning rate, summed over steps.
     """
-    mask, weight = layer.mask(), layer.weight.double()
-    hidden = ~mask
-    noise = (weight.square() * hidden).sum((1, 2)) / hidden.sum((1, 2)).clamp_min(1)
-    pull = pull.double()
+    levels = torch.tensor(layer.levels)
+    block = torch.arange(len(levels)).repeat_interleave(levels).to(layer.weight.device)
+    # Run by run: each needs several times its weights in double precision.
+    runs = zip(layer.weight.detach(), layer.mask(), pull, strict=True)
+    return torch.stack([_of_run(*run, block) for run in runs])
+
+
+def _of_run(weight: Tensor, mask: Tensor, pull: Tensor, block: Tensor) -> Tensor:
+    """Weights of one run (inputs, outputs); which of them are used, how far they are pulled, and
+    the block of each row or column (inputs,)."""
+    square, number = weight.double().square(), int(block[-1]) + 1
+    noise = float((square * ~mask).sum() / (~mask).sum())
+    if noise == 0:
+        return torch.where(mask, weight, 0)
+
+    def by_block(x: Tensor) -> Tensor:
+        rows = x.new_zeros(number, x.shape[1]).index_add_(0, block, x)
+        return x.new_zeros(number, number).index_add_(1, block, rows)
+
     # In units of the noise of a weight that nothing pulls at.
-    unit = noise.clamp_min(torch.finfo(noise.dtype).tiny)[:, None, None]
+    pull = pull.double()
     left, learned = remaining(pull), (1 - (-pull).exp()).square() * mask
-    known = _by_block(layer, (learned / left).square())
-    beyond = _by_block(layer, learned / left.square() * (weight.square() / unit - left))
+    known = by_block((learned / left).square())
+    beyond = by_block(learned / left.square() * (square / noise - left))
     signal = (beyond - (2 * known).sqrt()).clamp_min(0) / known.clamp_min(1e-300)
-    part = learned * _spread(layer, signal)
-    kept = torch.where(noise[:, None, None] > 0, part / (part + left), 1.0)
-    return torch.where(mask, layer.weight * kept.to(layer.weight), 0)
+    part = learned * signal[block][:, block]
+    return torch.where(mask, weight * (part / (part + left)).to(weight), 0)
 
 
 def remaining(pull: Tensor) -> Tensor:
@@ -57,9 +71,8 @@ def remaining(pull: Tensor) -> Tensor:
     ∫ s² du.
     """
     logs, found = (torch.from_numpy(x).to(pull.device) for x in _table())
-    place = (pull.double().clamp(min=_PULLS[0], max=_PULLS[-1]).log() - logs[0]) / (
-        logs[1] - logs[0]
-    )
+    place = pull.double().clamp(min=_PULLS[0], max=_PULLS[-1]).log()
+    place = (place - logs[0]) / (logs[1] - logs[0])
     first = place.long().clamp(max=len(logs) - 2)
     return torch.lerp(found[first], found[first + 1], place - first)
 
@@ -71,22 +84,3 @@ def _table() -> tuple[np.ndarray, np.ndarray]:
     after = (rate[::-1].cumsum()[::-1] - rate / 2) / rate.sum()
     left = [(rate**2 * np.exp(-2 * pull * after)).sum() for pull in _PULLS]
     return np.log(_PULLS), np.array(left) / (rate**2).sum()
-
-
-def _block(layer: FleetMaskedLinear) -> Tensor:
-    """Block of each row, or column, of the weights."""
-    levels = torch.tensor(layer.levels)
-    return torch.arange(len(levels)).repeat_interleave(levels).to(layer.weight.device)
-
-
-def _by_block(layer: FleetMaskedLinear, x: Tensor) -> Tensor:
-    """Sums over blocks: (runs, inputs, outputs) -> (runs, blocks, blocks)."""
-    block, number = _block(layer), len(layer.levels)
-    rows = x.new_zeros(len(x), number, x.shape[2]).index_add_(1, block, x)
-    return x.new_zeros(len(x), number, number).index_add_(2, block, rows)
-
-
-def _spread(layer: FleetMaskedLinear, x: Tensor) -> Tensor:
-    """Each block's value at all of its weights."""
-    block = _block(layer)
-    return x[:, block][:, :, block]
