@@ -26,9 +26,7 @@ run $all autoregressive "$(shares 0.05 0.19 0.71)"
 run $all autoregressive '{"codec": {"bins": 12}}'
 run $all autoregressive '{"codec": {"bins": 32}}'
 run $all autoregressive '{"codec": {"heaps": 0}}'
-# The model: width (directions of a column in products), components, average, clipping, batch.
-run $all autoregressive "$(option '"products": 0')"
-run $all autoregressive "$(option '"products": 4')"
+# The model: components, average, clipping, batch.
 run $all autoregressive "$(option '"components": 128')"
 run $all autoregressive "$(option '"average": 0.1')"
 run $all autoregressive "$(option '"average": 0.999')"
