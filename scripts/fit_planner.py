@@ -17,7 +17,7 @@ import os
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from dpsynth.evaluation.utility import utility
 from dpsynth.randomness import FleetRng, derive, stream
 from dpsynth.schema import Schema
 from dpsynth.training.fleet import train_fleet
-from dpsynth.training.planner import CODEC, budget, reaching, signal
+from dpsynth.training.planner import CODEC, budget, signal
 from dpsynth.training.recipe import Recipe, Seat
 
 HERE = Path(__file__).resolve().parent.parent
@@ -119,7 +119,7 @@ GROUPS: Mapping[str, Sequence[Setting]] = {
     ],
     "trained": [
         Setting("autoregressive", codec=SHIPPED, marginals=0.2, rest=rest, bins=TRIED[-1])
-        for rest in (SPENT, 0.3, 0.05, 0.02)
+        for rest in (SPENT, 0.05, 0.02)
     ],
 }
 # Groups with a file of their own, and the first rows of each table that `small` is trained on,
@@ -205,7 +205,7 @@ def wanted(only: Sequence[str]) -> Iterator[tuple[str, float, Setting, int]]:
             for name in parts if group == "small" else names:
                 for epsilon in EPSILONS[: 2 if group in ("small", "trained") else None]:
                     for setting in GROUPS[group]:
-                        for seed in range(3 if group == "trained" and name in SIMULATED else 1):
+                        for seed in range(3 if group == "trained" else 1):
                             yield name, epsilon, setting, seed
 
 
@@ -253,8 +253,6 @@ GRID: Mapping[str, Sequence[float]] = {
     "marginals": (0.08, 0.2, 0.3, 0.4, 0.5),
     "bins": (12, 14, 16, 18, 20),
 }
-# What DP-SGD may reach for, and the least share it may have.
-REACH, LEAST = (300.0, 425.0, 600.0, 850.0, 1200.0, 1700.0, 2400.0), (0.03, 0.05, 0.1, 0.15)
 # What is not fitted: where other families are taken.
 USUAL = {"faint": 0.02, "wide": 2048, "widest": 4096}
 
@@ -272,10 +270,9 @@ def curves(
     rows: Sequence[Mapping[str, Any]],
     group: str,
     field: str,
-    place: Callable[[Mapping[str, Any]], float] = lambda row: row["signal"],
 ) -> Curves:
-    """Place, by default the signal, and loss by share (mean of seeds), of each (table, ε) that has
-    the present value and another."""
+    """Signal, and loss by share (mean of seeds), of each (table, ε) that has the present value and
+    another."""
     usual = GROUPS[group][0]
     each: dict[tuple[str, float], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     at: dict[tuple[str, float], float] = {}
@@ -285,7 +282,7 @@ def curves(
         if same == usual:
             key = row["table"], row["epsilon"]
             each[key][getattr(setting, field)].append(loss_of(row["figures"]))
-            at[key] = place(row)
+            at[key] = row["signal"]
     found = {
         key: {share: float(np.mean(some)) for share, some in by.items()} for key, by in each.items()
     }
@@ -295,19 +292,12 @@ def curves(
 
 def regrets(found: Curves, shares: Sequence[float]) -> np.ndarray:
     """Loss beyond that of the best share that was run, of each (table, ε), under knots."""
-    return regrets_of(
-        found,
-        lambda at: np.interp(math.log(min(max(at, KNOTS[0]), KNOTS[-1])), np.log(KNOTS), shares),
-    )
-
-
-def regrets_of(found: Curves, share: Callable[[float], float]) -> np.ndarray:
-    """The same under any rule that says the share by the place."""
     out = []
     for at, by in found.values():
         tried = sorted(by)
-        held = float(np.interp(share(at), tried, [by[x] for x in tried]))
-        out.append(held - min(by.values()))
+        place = math.log(min(max(at, KNOTS[0]), KNOTS[-1]))
+        share = float(np.interp(place, np.log(KNOTS), shares))
+        out.append(float(np.interp(share, tried, [by[x] for x in tried])) - min(by.values()))
     return np.array(out)
 
 
@@ -370,28 +360,24 @@ def _within(found: Curves, moved: Shares, path: Shares) -> bool:
     return bool(each.mean() <= error)
 
 
-def whole_reach(row: Mapping[str, Any]) -> float:
-    """n · μ of the whole budget of a run."""
-    return float(row["rows"]) * budget(row["epsilon"], DELTA, (), 1)
-
-
-def reached(found: Curves) -> tuple[dict[str, Any], dict[str, float]]:
-    """The reach, and the least share, of least mean regret over tables; the most stays."""
-    most = SPENT
-
-    def mean(reach: float, least: float) -> float:
-        regret = regrets_of(found, lambda whole: reaching(reach, whole, least, most))
-        return float(by_table(found, regret).mean())
-
-    reach, least = min(itertools.product(REACH, LEAST), key=lambda pair: mean(*pair))
-    facts = {
-        "tables": len({named(name) for name, _ in found}),
-        "comparisons": len(found),
-        "present": mean(REACH[0], most),
-        "chosen": mean(reach, least),
+def level(found: Curves) -> tuple[float, dict[str, float]]:
+    """One share at every knot: of those that were tried the one nearest to the present whose mean
+    loss over tables is within two standard errors (paired) of the least."""
+    tried = sorted({share for _, by in found.values() for share in by})
+    loss = {
+        share: by_table(found, np.array([by[share] for _, by in found.values()])) for share in tried
     }
-    values = {"trained": (least, most), "reach": reach}
-    return values, {name: round(float(value), 4) for name, value in facts.items()}
+    best = min(tried, key=lambda share: loss[share].mean())
+    costs = {share: loss[share] - loss[best] for share in tried}
+    errors = {share: each.std(ddof=1) / math.sqrt(len(each)) for share, each in costs.items()}
+    within = [share for share in tried if costs[share].mean() <= 2 * errors[share]]
+    share = min(within, key=lambda one: abs(one - SPENT))
+    facts = {"tables": len(loss[best]), "comparisons": len(found)}
+    facts |= {
+        name: costs[one].mean()
+        for name, one in (("present", SPENT), ("chosen", share), ("best", best))
+    }
+    return share, {name: round(float(value), 4) for name, value in facts.items()}
 
 
 def nearest(row: Mapping[str, Any], bins: Shares) -> Mapping[str, Any] | None:
@@ -407,7 +393,7 @@ def nearest(row: Mapping[str, Any], bins: Shares) -> Mapping[str, Any] | None:
 def fit() -> None:
     """Write planner.json from the runs."""
     later = json.loads(TRAINED.read_text())["runs"]
-    trained, second = reached(curves(later, "trained", "rest", whole_reach))
+    trained, second = level(curves(later, "trained", "rest"))
     apart = json.loads(CODECS.read_text())["runs"]
     bins, third = chosen(curves(apart, "codec", "bins"), GRID["bins"], CODEC["bins"])
     small = json.loads(SMALL.read_text())["runs"]
@@ -422,7 +408,7 @@ def fit() -> None:
         "marginals": marginals,
         **USUAL,
         "bins": bins,
-        **trained,
+        "trained": trained,
     }
     facts = {
         "command": "python scripts/fit_planner.py run --data FOLDER; python scripts/fit_planner.py "

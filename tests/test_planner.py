@@ -68,16 +68,15 @@ def test_shares_leave_dp_sgd_enough_everywhere() -> None:
         assert shares == shares_of(layout, mu_of(epsilon), rows)
 
 
-def test_shares_follow_signal_and_reach_alone_and_the_knots_exactly() -> None:
+def test_shares_follow_the_signal_alone_and_the_knots_exactly() -> None:
     fitted = values()
     for number, knot in enumerate(fitted.knots):
-        shares = fitted.shares(knot, 1e3)
+        shares = fitted.shares(knot)
         assert shares["codec"] == pytest.approx(fitted.codec[number], abs=1e-4)
         assert shares["marginals"] == pytest.approx(fitted.marginals[number], abs=1e-4)
     for layout, epsilon, rows in GRID:
         found = signal(layout, mu_of(epsilon), rows, apart=True)
-        whole = mu_of(epsilon) * rows
-        assert shares_of(layout, mu_of(epsilon), rows) == fitted.shares(found, whole)
+        assert shares_of(layout, mu_of(epsilon), rows) == fitted.shares(found)
 
 
 def trained(shares: dict[str, float]) -> float:
@@ -85,35 +84,30 @@ def trained(shares: dict[str, float]) -> float:
     return 1 - sum(share for name, share in shares.items() if name != "rows")
 
 
-def test_dp_sgd_reaches_as_far_as_it_should_within_its_least_and_most_share() -> None:
-    fitted = replace(values(), trained=(0.02, 0.2), reach=1000.0)
-    for whole in (2500.0, 4000.0, 7000.0):
-        for at in (1e-3, 0.7, 40.0):
-            reached = whole * math.sqrt(trained(fitted.shares(at, whole)))
-            assert reached == pytest.approx(1000, rel=0.005)
-    for whole, share in ((0.0, 0.2), (1e-3, 0.2), (2000.0, 0.2), (8000.0, 0.02), (math.inf, 0.02)):
-        assert trained(fitted.shares(1.0, whole)) == pytest.approx(share)
+def test_dp_sgd_has_the_same_share_at_every_signal() -> None:
+    fitted = replace(values(), trained=0.07)
+    for at in (0.0, 1e-3, 0.7, 40.0, math.inf):
+        assert trained(fitted.shares(at)) == pytest.approx(0.07)
 
 
 def test_interpolation_is_a_straight_line_in_the_logarithm() -> None:
     fitted = Values(
         knots=(1.0, 100.0), codec=(0.1, 0.3), marginals=(0.1, 0.1), bins=(9, 20),
-        trained=(0.3, 0.3), reach=1.0, faint=0.1, wide=9, widest=99,
+        trained=0.3, faint=0.1, wide=9, widest=99,
     )  # fmt: skip
     shares = {"rows": 0.01, "codec": 0.2, "marginals": 0.1, "tables": 0.4}
-    assert fitted.shares(10.0, 5.0) == shares
-    assert fitted.shares(1e-9, 5.0) == fitted.shares(1.0, 5.0)
-    assert fitted.shares(math.inf, 5.0)["codec"] == 0.3
-    steps = [fitted.shares(at, 5.0)["codec"] for at in np.geomspace(0.1, 1e4, 50)]
+    assert fitted.shares(10.0) == shares
+    assert fitted.shares(1e-9) == fitted.shares(1.0)
+    assert fitted.shares(math.inf)["codec"] == 0.3
+    steps = [fitted.shares(at)["codec"] for at in np.geomspace(0.1, 1e4, 50)]
     assert steps == sorted(steps)
 
 
 def test_shares_move_one_way_with_the_budget() -> None:
-    """Of codec, label tables and DP-SGD; what the chosen tables get is the difference."""
+    """Of codec and label tables; what the chosen tables get is the difference."""
     for layout, rows in itertools.product(LAYOUTS.values(), ROWS):
         found = [shares_of(layout, mu_of(epsilon), rows) for epsilon in EPSILONS]
-        parts = ([s["codec"] for s in found], [s["marginals"] for s in found])
-        for each in (*parts, [trained(shares) for shares in found]):
+        for each in ([s["codec"] for s in found], [s["marginals"] for s in found]):
             steps = np.diff(each)
             assert (steps <= 2e-4).all() or (steps >= -2e-4).all()
     usual = values()
@@ -161,11 +155,9 @@ def test_more_tables_are_chosen_where_the_signal_is_larger() -> None:
         {"knots": (0.0, 1.0)},
         {"codec": (0.1,)},
         {"marginals": (0.1, 1.0)},
-        {"trained": (0.5, 0.85)},
-        {"trained": (0.3, 0.2)},
-        {"trained": (0.0, 0.2)},
-        {"reach": 0.0},
-        {"reach": math.inf},
+        {"trained": 0.85},
+        {"trained": 1.0},
+        {"trained": 0.0},
         {"bins": (20,)},
         {"bins": (1, 20)},
         {"bins": (20, CODEC["bins"] + 1)},
@@ -174,7 +166,7 @@ def test_more_tables_are_chosen_where_the_signal_is_larger() -> None:
 )
 def test_values_that_no_plan_could_take_are_refused(changes: dict[str, Any]) -> None:
     usual = {"knots": (1.0, 2.0), "codec": (0.1, 0.1), "marginals": (0.05, 0.05)}
-    usual |= {"bins": (8, 20), "trained": (0.3, 0.3), "reach": 9.0}
+    usual |= {"bins": (8, 20), "trained": 0.3}
     usual |= {"faint": 0.1, "wide": 10, "widest": 20}
     Values(**usual)
     with pytest.raises(UsageError, match="planner"):

@@ -132,7 +132,7 @@ class Autoregressive(Generator):
                     self.mean[run, :, block] = law @ root.to(start)
         self.scale.fill_(1.0)
         pieces = [
-            self._norms(size, rng.at("init:scale", number))
+            self._gradients(size, rng.at("init:scale", number))[2]
             for number, size in enumerate(self.chunks(_DRAWN, 512))
         ]
         self.scale.copy_(torch.cat(pieces, dim=1).quantile(_QUANTILE, dim=1))
@@ -153,10 +153,6 @@ class Autoregressive(Generator):
         if self.layout.target is not None:
             gains[self.layout.target] = math.inf
         return gains.argsort(descending=True, stable=True).argsort()
-
-    def _norms(self, rows: int, rng: FleetRng) -> Tensor:
-        """Norms of the gradients of rows drawn from the tables, at weights of 0 (runs, rows)."""
-        return self._gradients(rows, rng)[2]
 
     def _gradients(self, rows: int, rng: FleetRng) -> tuple[Tensor, Tensor, Tensor]:
         """Of rows drawn from the tables, at weights of 0: the layer's inputs and the gradients at

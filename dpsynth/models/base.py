@@ -342,8 +342,9 @@ class Generator(lightning.LightningModule, ABC):
 
     def _take_leading(self, run: int, tables: Marginals, found: Any) -> None:
         """What leads by the tables asked besides, or by the label × column tables alone."""
-        leading = found.leading if isinstance(found, Mixture) else None
-        if not isinstance(found, Mixture):
+        if isinstance(found, Mixture):
+            leading = found.leading
+        else:
             answers = Answers.settled(tables, self.layout)
             leading = answers.found({answers.alone[0].columns: answers.alone[0].counts})
         self.leading_columns[run] = -1

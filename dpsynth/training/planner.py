@@ -11,8 +11,7 @@ log(signal) between the knots of `planner.json`, level outside of them; shares a
 candidates have apart for each level of the target, since those of many levels have thin tables of
 label × column, whatever is asked next.
 
-Of DP-SGD it is the *reach* n · μ · √share that counts: the noise of a mean gradient is clip/reach,
-whatever the columns. Beyond some reach it learns no more, and the rest is worth more to tables.
+DP-SGD has one share at every signal: what a larger one takes from tables it does not earn back.
 
 `scripts/fit_planner.py` fits all of it on simulated and public tables;
 experiments/planner/README.md has the evidence.
@@ -47,7 +46,6 @@ __all__ = [
     "bins_for",
     "budget",
     "family_of",
-    "reaching",
     "shares_of",
     "signal",
     "slots",
@@ -73,8 +71,7 @@ class Values:
         codec: Share of the codec at each knot.
         marginals: Share of the label × column tables at each knot.
         bins: Bins of a number at each knot, at most as many as there are slots.
-        trained: Least and most share of DP-SGD; the chosen tables get the rest.
-        reach: What n · μ · √share of DP-SGD should come to.
+        trained: Share of DP-SGD; the chosen tables get the rest.
         faint: Signal below which DP-SGD does not pay.
         wide: Most levels W of a model with W × W weights.
         widest: Most levels W for which tables are chosen.
@@ -84,8 +81,7 @@ class Values:
     codec: tuple[float, ...]
     marginals: tuple[float, ...]
     bins: tuple[int, ...]
-    trained: tuple[float, float]
-    reach: float
+    trained: float
     faint: float
     wide: int
     widest: int
@@ -103,14 +99,10 @@ class Values:
             raise UsageError(
                 f"planner: bins={self.bins} must be between 2 and {CODEC['bins']} a knot"
             )
-        least, most = self.trained
-        if not 0 < least <= most < 1 or not 0 < self.reach < math.inf:
-            raise UsageError(
-                f"planner: trained={self.trained}, reach={self.reach} must be shares that ascend "
-                "and a positive number"
-            )
+        if not 0 < self.trained < 1:
+            raise UsageError(f"planner: trained={self.trained} must be a share between 0 and 1")
         parts = zip(self.codec, self.marginals, strict=True)
-        if any(sum(part) + most >= 1 - SHARES["rows"] for part in parts):
+        if any(sum(part) + self.trained >= 1 - SHARES["rows"] for part in parts):
             raise UsageError("planner: shares of a knot leave nothing for the chosen tables")
 
     def at(self, signal: float, values: tuple[float, ...]) -> float:
@@ -118,26 +110,12 @@ class Values:
         place = math.log(min(max(signal, self.knots[0]), self.knots[-1]))
         return float(np.interp(place, np.log(self.knots), values))
 
-    def shares(self, at: float, whole: float) -> dict[str, float]:
-        """Shares of the measuring stages at a signal, and at a reach n · μ of the whole budget;
-        what they leave is DP-SGD's."""
+    def shares(self, at: float) -> dict[str, float]:
+        """Shares of the measuring stages at a signal; what they leave is DP-SGD's."""
         codec, marginals = (self.at(at, values) for values in (self.codec, self.marginals))
-        trained = reaching(self.reach, whole, *self.trained)
         found = {"rows": SHARES["rows"], "codec": codec, "marginals": marginals}
-        tables = 1 - codec - marginals - trained
+        tables = 1 - codec - marginals - self.trained
         return {name: round(share, 4) for name, share in {**found, "tables": tables}.items()}
-
-
-def reaching(reach: float, whole: float, least: float, most: float) -> float:
-    """Share of μ² with which DP-SGD has a reach, within its least and most.
-
-    Args:
-        reach: n · μ · √share that is wanted.
-        whole: n · μ of the whole budget.
-        least: Least share.
-        most: Most.
-    """
-    return min(max((reach / max(whole, reach)) ** 2, least), most)
 
 
 @functools.lru_cache(maxsize=1)
@@ -196,7 +174,7 @@ def shares_of(layout: Layout, mu: float, rows: int) -> dict[str, float]:
         mu: The whole Gaussian budget μ of one row; inf without privacy.
         rows: Public number of rows.
     """
-    return values().shares(signal(layout, mu, rows, apart=True), mu * rows)
+    return values().shares(signal(layout, mu, rows, apart=True))
 
 
 def bins_for(layout: Layout, mu: float, rows: int) -> int:
