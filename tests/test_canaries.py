@@ -27,6 +27,7 @@ from dpsynth.audit.one_run import (
 )
 from dpsynth.checks import UsageError
 from dpsynth.codec import Layout
+from dpsynth.configuration import configure, judging_of
 from dpsynth.data import Split
 from dpsynth.frontier import sweep
 from dpsynth.frontier.sweep import Judging, Point, run_sweep
@@ -461,7 +462,7 @@ def test_settings_without_canaries_check_nothing() -> None:
 
 
 def test_the_flag_reaches_judging_and_select_refuses_it() -> None:
-    judging = cli.judging_of(cli.configure(["audit.canaries=7", "audit.canary=record"]))
+    judging = judging_of(configure(["audit.canaries=7", "audit.canary=record"]))
     assert judging.planted == CanarySettings(7, "record")
     with pytest.raises(UsageError, match="select judges nothing"):
         cli._select(["audit.canaries=7"])

@@ -21,7 +21,8 @@ from inline import Inline
 from tiny import SCHEMA, frame
 
 from dpsynth.checks import UsageError
-from dpsynth.cli import CONF, main
+from dpsynth.cli import main
+from dpsynth.configuration import CONF
 from dpsynth.evaluation import Report
 from dpsynth.frontier import sweep
 from dpsynth.schema import Schema

@@ -18,7 +18,8 @@ from tiny import SCHEMA, frame, table
 import dpsynth
 from dpsynth.baselines.marginal import NaiveBayes
 from dpsynth.checks import UsageError
-from dpsynth.cli import (
+from dpsynth.codec import Codec
+from dpsynth.configuration import (
     CONF,
     configure,
     expand,
@@ -27,7 +28,6 @@ from dpsynth.cli import (
     point_of,
     split_of,
 )
-from dpsynth.codec import Codec
 from dpsynth.data import Split, Table
 from dpsynth.frontier.sweep import Judging, run_sweep
 from dpsynth.launcher import FleetLauncher

@@ -17,8 +17,8 @@ from tiny import SCHEMA, seat, table
 import dpsynth
 from dpsynth.checks import UsageError
 from dpsynth.chosen import Choice
-from dpsynth.cli import configure, expand, point_of
 from dpsynth.codec import Layout, NumericCoder
+from dpsynth.configuration import configure, expand, point_of
 from dpsynth.data import Table
 from dpsynth.datasets.simulated import SIMULATED, simulated_schema
 from dpsynth.privacy.calibration import whole_mu
